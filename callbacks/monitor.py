@@ -21,7 +21,7 @@ from mhla_lightning.callbacks.steps import completed, step_guard
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.planning.gpus import GIB, peak_of_device
 from mhla_lightning.runs.pictures import show_image, showing
-from mhla_lightning.runs.tags import HEATMAPS, MIXING_VALUES
+from mhla_lightning.runs.tags import HEATMAPS, MIXING_VALUES, READS_TEXT, matrix_titles
 from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.strategies.zero.strategy import ZeroStrategy
 from mhla_lightning.tasks.base import Task
@@ -227,12 +227,18 @@ def _one(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def mixing_figures(matrices: Mapping[str, torch.Tensor]) -> list[Figure]:
-    """Draw the matrices of all layers on one scale, at most three rows of four in a figure."""
+    """Draw the matrices of all layers on one scale, at most three rows of four in a figure.
+
+    Those of the attention to a text come last, in figures of their own.
+    """
     names = list(matrices)
+    text = [name for name in names if READS_TEXT in name]
+    names = [name for name in names if name not in text]
     largest = max(float(_one(matrix).max()) for matrix in matrices.values())
     return [
-        mixing_figure({name: matrices[name] for name in names[first : first + _PANELS]}, first, largest)
-        for first in range(0, len(names), _PANELS)
+        mixing_figure({name: matrices[name] for name in kind[first : first + _PANELS]}, first, largest)
+        for kind in (names, text)
+        for first in range(0, len(kind), _PANELS)
     ]
 
 
@@ -257,9 +263,10 @@ def mixing_figure(
     figure.subplots_adjust(0.7 / width, 0.55 / height, 1 - 1.2 / width, 1 - 0.4 / height, 0.3, 0.45)
     for panel in panels[len(shown) :]:
         panel.set_axis_off()
-    for index, (panel, values) in enumerate(zip(panels, shown, strict=False)):
+    titles = matrix_titles(matrices, first)
+    for panel, values, title in zip(panels, shown, titles, strict=False):
         image = panel.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=largest or 1.0)
-        panel.set_title(f"layer {first + index}", fontsize=13)
+        panel.set_title(title, fontsize=13)
         panel.set_xlabel("key block", fontsize=11)
         panel.set_ylabel("query block", fontsize=11)
         panel.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mhla_lightning.analysis.measures import TokenPlaces, attention_shares, measure
 from mhla_lightning.analysis.watching import AttentionCall, attention_layers, partitions, watching
-from mhla_lightning.attention import BlockGrid
+from mhla_lightning.attention import BlockGrid, MHLACrossAttention
 from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.matrix import attention_matrix
 from mhla_lightning.errors import UserError
@@ -77,6 +77,7 @@ class ModelStudy:
         grid: token counts per axis of the first layer.
         queries: tokens whose maps are kept, as numbers of the first sample's tokens in raster order.
         shown: (tokens of the maps,) int64, the raster numbers of the keys in the maps.
+        reading: number of layers that read a text by MHLA, which are left out.
     """
 
     layers: list[LayerStudy]
@@ -85,6 +86,7 @@ class ModelStudy:
     grid: tuple[int, ...] = ()
     queries: list[int] = field(default_factory=list)
     shown: Tensor | None = None
+    reading: int = 0
 
 
 def study(task: Task, samples: Iterable[Mapping[str, Any]], options: StudyOptions) -> ModelStudy:
@@ -101,7 +103,8 @@ def study(task: Task, samples: Iterable[Mapping[str, Any]], options: StudyOption
     """
     backbone = task.built_backbone()
     layers = attention_layers(backbone)
-    found = ModelStudy([LayerStudy(layer.entry) for layer in layers])
+    reading = sum(isinstance(module, MHLACrossAttention) for module in backbone.modules())
+    found = ModelStudy([LayerStudy(layer.entry) for layer in layers], reading=reading)
     visitor = _Visitor(found, options, backbone)
     for sample in samples:
         with torch.no_grad(), watching(backbone, visitor.visit):

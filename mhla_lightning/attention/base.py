@@ -63,6 +63,15 @@ class Attention(nn.Module):
         """
         return self.attend(q, k, v, context_from(context, keywords))
 
+    @classmethod
+    def check_device(cls, device: torch.device) -> None:
+        """Check that the operator runs on a device; a run asks before its first step.
+
+        Raises:
+            UserError: it does not.
+        """
+        return
+
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Compute :meth:`forward`; the operator's own implementation."""
@@ -194,6 +203,27 @@ class CausalAttention(Attention):
         dtype: torch.dtype,
     ) -> State:
         """Return the state before the first token; `heads` counts those of k and v."""
+
+    def fix_state(self, state: State, tokens: int) -> None:
+        """Prepare a state for steps that run without the host, where the operator has such steps.
+
+        The state gets all the memory that it will take, and counts its tokens on the device.
+
+        Args:
+            state: changed in place.
+            tokens: of a sequence at most, those of the state included.
+        """
+
+    def host_needed(self, state: State) -> str | None:
+        """Return why steps after this state need the host; None where they do not.
+
+        Without the host a step has the same launches at every position, and changes tensors alone, which
+        keep their shapes. It is known after a step.
+        """
+        return "its state counts tokens on the host"
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse a sequence of more tokens than the operator takes. Raises UserError."""
 
     def prepare(self, packing: Packing) -> None:
         """Compute ahead what :meth:`attend` reads of a packing, which keeps it."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+import torch
 from torch import Tensor
 
 from mhla_lightning.attention.packing import Packing
@@ -57,7 +58,7 @@ class Context:
         rotary: turns q and k by position. Softmax applies it to both; linear operators apply it after the
             feature map and in the numerator only.
         mask: (batch, tokens) bool, True = real token; None means all tokens are real. Padding is left or
-            right of a sequence. Padded outputs are 0 and padded keys count nowhere.
+            right of a sequence. Padded outputs are 0 and padded keys count nowhere. Numbers are refused.
         documents: (batch, tokens) int, causal operators only. A run of equal numbers is a document, and no
             token sees another document.
         packing: the same mask and documents, prepared once for all layers; None prepares them per call.
@@ -75,9 +76,34 @@ class Context:
     log_decay: Tensor | None = None
     beta: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        check_mask(self.mask)
+
     def packed(self) -> Packing | None:
         """Return the packing; None where every token is real and a row is one document."""
         return Packing.of(self.mask, self.documents) if self.packing is None else self.packing
+
+
+def check_mask(mask: Tensor | None, shape: Sequence[int] | None = None, key: str = "mask") -> None:
+    """Refuse a mask that is not bool.
+
+    Numbers mean different things elsewhere: 1 and 0, or 0 and -inf to be added to scores.
+
+    Args:
+        mask: None passes.
+        shape: that it must have; None allows any.
+        key: of the error.
+
+    Raises:
+        UserError: another type or shape.
+    """
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        kind = str(mask.dtype).removeprefix("torch.")
+        raise UserError(key, f"it holds {kind}; give bool, True = a real token, such as mask > 0")
+    if shape is not None and mask.shape != torch.Size(shape):
+        raise UserError(key, f"its shape is {tuple(mask.shape)}; it must be {tuple(shape)}")
 
 
 class ContextKeywords(TypedDict, total=False):

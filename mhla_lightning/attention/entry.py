@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from mhla_lightning.attention.base import Attention, CausalAttention
+from mhla_lightning.attention.baselines.causal_deltanet import DeltaNet
 from mhla_lightning.attention.baselines.causal_fla import GatedDeltaNet, GatedLinearAttention, Mamba2
 from mhla_lightning.attention.baselines.causal_linear import CausalLinear
 from mhla_lightning.attention.baselines.causal_softmax import CausalSoftmax
@@ -29,6 +30,7 @@ CAUSAL_ATTENTION: dict[str, type[CausalAttention]] = {
     "softmax": CausalSoftmax,
     "linear": CausalLinear,
     "mhla": CausalMHLA,
+    "deltanet": DeltaNet,
     "gla": GatedLinearAttention,
     "gated_deltanet": GatedDeltaNet,
     "mamba2": Mamba2,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from mhla_lightning.attention import CausalSelfAttention, SelfAttention
+from mhla_lightning.attention import CausalSelfAttention, MHLACrossAttention, SelfAttention
 
 Activations = Literal["none", "blocks", "attention", "offload"]
 """What the backward finds of the forward's activations.
@@ -42,7 +42,7 @@ class KeptActivations:
         """Choose what the backward recomputes or fetches, see :data:`Activations`."""
         self.activations = how
         for module in cast(nn.Module, self).modules():
-            if isinstance(module, SelfAttention | CausalSelfAttention):
+            if isinstance(module, SelfAttention | CausalSelfAttention | MHLACrossAttention):
                 module.recompute = how == "attention"
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mhla_lightning.attention import MHLA, BlockGrid
+from mhla_lightning.attention import MHLA, BlockGrid, MHLACrossAttention
 from mhla_lightning.attention.mhla.causal_operator import CausalMHLA
 from mhla_lightning.attention.mhla.relative import (
     average_by_offset,
@@ -23,6 +22,7 @@ from mhla_lightning.attention.mhla.relative import (
     offset_deviation,
     offsets_of,
 )
+from mhla_lightning.backbones.resampling import resampled_mixing, resampled_positions, resampled_reading
 from mhla_lightning.errors import UserError
 from mhla_lightning.finite import check_finite
 from mhla_lightning.weights.adapted import (
@@ -49,13 +49,17 @@ def remember_geometry(model: Any) -> None:
         model: a backbone with `grid`.
     """
     blocks: dict[str, BlockGrid] = {}
+    keys: dict[str, BlockGrid] = {}
     for name, module in model.named_modules():
         if isinstance(module, MHLA):
             blocks[f"{name}.mixing.weight"] = module.grid
+        elif isinstance(module, MHLACrossAttention):
+            blocks[f"{name}.mixing.weight"] = module.queries
+            keys[f"{name}.mixing.weight"] = module.keys
         elif isinstance(module, CausalMHLA):
             size = module.rule.chunk_size
             blocks[f"{name}.mixing.weight"] = BlockGrid((size * module.mixing.blocks,), block_size=size)
-    model.geometry = Geometry(tuple(model.grid), blocks)
+    model.geometry = Geometry(tuple(model.grid), blocks, keys=keys)
     model.register_state_dict_post_hook(note_geometry)
 
 
@@ -132,7 +136,10 @@ def adapted_to(
             if class_token and name in adapted:
                 _keep_class_row(adapted, name, table, math.prod(source.grid or own.grid or ()))
     for name, target in own.blocks.items():
-        if name in tensors:
+        if name in tensors and name in own.keys:
+            theirs = source.blocks.get(name, target), source.keys.get(name, own.keys[name])
+            _place_reading(adapted, name, theirs, (target, own.keys[name]))
+        elif name in tensors:
             _place_mixing(adapted, name, source.blocks.get(name), target, _own(model, name))
     if patches is not None:
         _omit_other_patches(adapted, *patches, model)
@@ -211,20 +218,6 @@ def _keep_class_row(adapted: Adapted, name: str, table: Tensor, tokens: int) -> 
         adapted.omit(name, "it has no row for the class token of this model")
 
 
-def resampled_positions(table: Tensor, grid: Sequence[int], target: Sequence[int]) -> Tensor:
-    """Resample positions of one grid of two axes to another: bicubic, antialiased, as timm does.
-
-    timm's own function takes equal counts of another shape as they are.
-
-    Args:
-        table: (1, rows x columns, channels), of `grid`.
-        grid, target: (rows, columns).
-    """
-    image = table.float().unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=tuple(target), mode="bicubic", antialias=True)
-    return image.flatten(2).transpose(1, 2).to(table.dtype)
-
-
 def _place_mixing(
     adapted: Adapted, name: str, source: BlockGrid | None, target: BlockGrid, own: Tensor | None
 ) -> None:
@@ -296,6 +289,33 @@ def _place_by_offset(adapted: Adapted, name: str, source: BlockGrid, target: Blo
         adapted.resampled[name] += f", averaged by offset, which changes weights by up to {deviation:.2g}"
 
 
+def _place_reading(
+    adapted: Adapted, name: str, source: tuple[BlockGrid, BlockGrid], target: tuple[BlockGrid, BlockGrid]
+) -> None:
+    """Bring a mixing matrix between tokens and a text to other blocks, or leave it out.
+
+    Args:
+        adapted: holds it.
+        name: of the matrix.
+        source: the blocks of tokens and of text that it mixes.
+        target: those of the model.
+    """
+    value, changes = adapted[name], []
+    if value.shape[-2:] != tuple(blocks.num_blocks for blocks in source):
+        adapted.omit(name, "nothing tells the blocks that it mixes")
+        return
+    for theirs, ours, word in zip(source, target, ("tokens", "text"), strict=True):
+        if len(theirs.blocks) != len(ours.blocks):
+            axes = f"{len(theirs.blocks)} axes of the {word}, and this model has {len(ours.blocks)}"
+            adapted.omit(name, f"it mixes blocks on {axes}")
+            return
+        if theirs.blocks != ours.blocks or (word == "text" and theirs.block_size != ours.block_size):
+            changes.append(f"{by(theirs.blocks)} to {by(ours.blocks)} blocks of the {word}")
+    if changes:
+        adapted[name] = resampled_reading(value, source, target)
+        adapted.resampled[name] = " and ".join(changes)
+
+
 def _mixes(value: Tensor, blocks: BlockGrid) -> bool:
     """Return whether a tensor has the size of a mixing matrix of these blocks, of either form."""
     return value.shape[-1:] == (blocks.num_blocks,) or _is_relative(value, blocks)
@@ -308,45 +328,6 @@ def _is_relative(value: Tensor, blocks: BlockGrid) -> bool:
         return False
     # One block has one offset: several rows are then heads. Causal models have one axis and no offsets.
     return offsets != blocks.num_blocks or (len(value) > 1 and len(blocks.blocks) > 1)
-
-
-def resampled_mixing(mixing: Tensor, source: BlockGrid, target: BlockGrid) -> Tensor:
-    """Resample a mixing matrix linearly between the centres of blocks, rows and columns.
-
-    A weight between two places of the image stays: block summaries are sums over tokens, so that no other
-    scale is needed.
-
-    Args:
-        mixing: (..., blocks, blocks), row = query block.
-        source, target: the partitions, of as many axes.
-    """
-    weights = torch.ones(1, 1, dtype=torch.float64)
-    for axis in range(len(target.blocks)):
-        weights = torch.kron(weights, _between(_centres(source, axis), _centres(target, axis)))
-    weights = weights.to(mixing.device)
-    return (weights @ mixing.double() @ weights.T).to(mixing.dtype)
-
-
-def _centres(blocks: BlockGrid, axis: int) -> Tensor:
-    """Return the centre of each block along an axis, as a share of the axis."""
-    tokens, width = blocks.grid[axis], blocks.block_size[axis]
-    first = torch.arange(blocks.blocks[axis], dtype=torch.float64) * width
-    return (first + (first + width).clamp_max(tokens)) / 2 / tokens
-
-
-def _between(known: Tensor, wanted: Tensor) -> Tensor:
-    """Return the weights of linear interpolation, (wanted, known).
-
-    Beyond the ends the nearest counts.
-    """
-    if len(known) == 1:
-        return torch.ones(len(wanted), 1, dtype=torch.float64)
-    right = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
-    share = ((wanted - known[right - 1]) / (known[right] - known[right - 1])).clamp(0, 1)
-    weights = torch.zeros(len(wanted), len(known), dtype=torch.float64)
-    rows = torch.arange(len(wanted))
-    weights[rows, right - 1], weights[rows, right] = 1 - share, share
-    return weights
 
 
 def _own(model: nn.Module, name: str) -> Tensor | None:

@@ -47,21 +47,24 @@ _GATED = {"mix_form": "relative", "mix_init": "causal_uniform", "decay": "token"
 
 # Recurrent models have no rotary; their convolution is part of the model, except GLA's.
 _RECURRENT = {**_LAYER, "rotary": False}
-_FLA = {"gla": _RECURRENT, "gated_deltanet": {**_RECURRENT, **_CONV}, "mamba2": {**_RECURRENT, **_CONV}}
+_RECURRENTS = {
+    "gla": _RECURRENT,
+    **{name: {**_RECURRENT, **_CONV} for name in ("deltanet", "gated_deltanet", "mamba2")},
+}
 
 LANGUAGE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {"softmax": _SOFTMAX, "linear": _LINEAR, "mhla": _MHLA, **_FLA},
+    "paper": {"softmax": _SOFTMAX, "linear": _LINEAR, "mhla": _MHLA, **_RECURRENTS},
     "release": {
         "softmax": _SOFTMAX,
         "linear": _LINEAR,
         "mhla": {**_MHLA, "mix_init": "causal_uniform", "mix_clamp": [1e-5, 1.0], "mix_clamp_at": "forward"},
-        **_FLA,
+        **_RECURRENTS,
     },
     "best": {
         "softmax": {**_SOFTMAX, **_CONV},
         "linear": {**_LINEAR, **_CONV, "decay": "token"},
         "mhla": {**_MHLA, **_CONV, **_GATED},
-        **{name: {**row, **_CONV} for name, row in _FLA.items()},
+        **{name: {**row, **_CONV} for name, row in _RECURRENTS.items()},
     },
 }
 """Preset -> operator -> options (SPEC section 9, LM)."""
@@ -358,6 +361,28 @@ class CausalLM(nn.Module):
         x = self.norm(x[:, 0])
         _record(hidden, x[:, None])
         return F.linear(x, self.head_weight), ModelState(tuple(states), state.positions + 1)
+
+    def fix_state(self, state: ModelState, tokens: int) -> None:
+        """Prepare a state for steps that run without the host, where the layers have such steps.
+
+        Args:
+            state: changed in place.
+            tokens: of a sequence at most, those of the state included.
+        """
+        for layer, own in zip(self._layers(), state.layers, strict=True):
+            layer.attn.attention.fix_state(own.operator, tokens)
+
+    def host_needed(self, state: ModelState) -> str | None:
+        """Return why steps after this state need the host; None where they do not, see `CausalAttention`."""
+        for number, (layer, own) in enumerate(zip(self._layers(), state.layers, strict=True)):
+            if reason := layer.attn.attention.host_needed(own.operator):
+                return f"layer {number} ({layer.attn.entry['name']}): {reason}"
+        return None
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse a sequence of more tokens than a layer takes. Raises UserError."""
+        for layer in self._layers():
+            layer.attn.attention.check_length(tokens)
 
     def flops(self, shape: Sequence[int]) -> int:
         """Return the forward FLOPs of one sample, 2 a multiply-add.

@@ -75,11 +75,30 @@ class Compilation:
         except RuntimeError as error:
             raise UserError("mode" if self.mode is not None else "options", str(error)) from error
 
-    def apply(self, model: nn.Module) -> None:
-        """Compile the model's parts at their first call."""
+    def apply(self, model: nn.Module, gathered: bool = False) -> list[nn.Module]:
+        """Compile the model's parts at their first call, and return them.
+
+        Args:
+            model: the backbone.
+            gathered: hooks of a part gather its weights before it runs and release them afterwards. They stay
+                outside of the compiled code, and the part cannot be copied any more.
+        """
         assert isinstance(model, Compilable)
-        model.compile_parts(self.what, self._compile)
+        parts: list[nn.Module] = []
+
+        def compile_part(part: nn.Module) -> None:
+            if gathered:
+                part.forward = torch.compile(part.forward, **self._arguments())
+            else:
+                self._compile(part)
+            parts.append(part)
+
+        model.compile_parts(self.what, compile_part)
+        return parts
 
     def _compile(self, module: nn.Module) -> None:
+        module.compile(**self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
         options = None if self.options is None else dict(self.options)
-        module.compile(backend=self.backend, mode=self.mode, dynamic=self.dynamic, options=options)
+        return {"backend": self.backend, "mode": self.mode, "dynamic": self.dynamic, "options": options}

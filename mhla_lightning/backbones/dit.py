@@ -30,6 +30,8 @@ from mhla_lightning.backbones.layers import (
     mixing_weights,
     modulate,
 )
+from mhla_lightning.backbones.sizes import Sizes
+from mhla_lightning.backbones.text_dit import laid_out
 from mhla_lightning.backbones.vit import vit_name
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.weights.adapted import Adapted
@@ -137,10 +139,13 @@ class DiT(KeptActivations, nn.Module):
         self.y_embedder = LabelEmbedder(options.num_classes, dim)
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", grid_sinusoid(self.grid, dim)[None])
+        self.sizes = Sizes(("height", "width"), (patch, patch), self.input_size)
+        self._positions = {self.input_size: "pos_embed"}
         self.blocks = nn.ModuleList(
             DiTBlock(dim, options.num_heads, options.mlp_ratio, spec, self.grid, options.dwconv)
             for spec in layers
         )
+        self.sizes.lay_out(layers)
         self.final_layer = FinalLayer(dim, patch**2 * self.out_channels)
         self._initialise()
         remember_geometry(self)
@@ -158,25 +163,65 @@ class DiT(KeptActivations, nn.Module):
                 labels would hold up a GPU).
         """
         self._check(x, t, y)
-        tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
+        height, width = x.shape[2:]
+        grid = (height // self.patch_size, width // self.patch_size)
+        positions = self.get_buffer(self._positions[height, width])
+        tokens = self._embed(x.to(self.x_embedder.proj.weight.dtype)) + positions
         condition = self.t_embedder(t) + self.y_embedder(y)
         with self.offloaded():
             for block in self.blocks:
-                tokens = self.run(block, tokens, condition)
-        return self._to_image(self.final_layer(tokens, condition))
+                tokens = self.run(block, tokens, condition, grid)
+        return self._to_image(self.final_layer(tokens, condition), grid)
 
-    def _to_image(self, tokens: Tensor) -> Tensor:
+    def take_sizes(self, sizes: Sequence[Sequence[int]]) -> None:
+        """Take latents of these sizes besides those of input_size; positions follow their formula.
+
+        Args:
+            sizes: (height, width) each.
+
+        Raises:
+            UserError: a size that the patch or a layer's blocks cannot take, or any with `dwconv`; nothing
+                has changed then.
+        """
+        grids: dict[tuple[int, int], tuple[int, ...]] = {}
+        for size in sizes:
+            sides = _two_sides(size)
+            if sides not in self._positions:
+                if cast(DiTBlock, self.blocks[0]).dw_conv is not None:
+                    raise UserError(
+                        "dwconv", "it serves one size only; use the attention option `pos_conv` cpe3"
+                    )
+                grids[sides] = self.sizes.tokens("sizes", sides)
+        for sides, grid in grids.items():
+            name = f"pos_embed_{sides[0]}x{sides[1]}"
+            positions = grid_sinusoid(grid, self.embed_dim)[None].to(self.pos_embed)
+            self.register_buffer(name, positions, persistent=False)
+            self._positions[sides] = name
+
+    def tokens_of(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return the tokens per axis of latents of a size. Raises UserError for one that does not fit."""
+        return self.sizes.tokens("size", _two_sides(size))
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Return tokens (batch, tokens, dim) of patches; timm's module takes one size only."""
+        if tuple(x.shape[2:]) == self.input_size:
+            return self.x_embedder(x)
+        return self.x_embedder.norm(self.x_embedder.proj(x).flatten(2).transpose(1, 2))
+
+    def _to_image(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
         """Put patches together to (batch, channels, H, W).
 
         Args:
             tokens: (batch, tokens, patch * patch * channels), a patch's channels last.
+            grid: tokens per axis.
         """
-        patches = tokens.reshape(len(tokens), *self.grid, self.patch_size, self.patch_size, self.out_channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.out_channels, *self.input_size)
+        patches = tokens.reshape(len(tokens), *grid, self.patch_size, self.patch_size, self.out_channels)
+        sides = [count * self.patch_size for count in grid]
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.out_channels, *sides)
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
-        wanted = (self.in_channels, *self.input_size)
-        if tuple(x.shape[1:]) != wanted:
+        if x.dim() != 4 or x.shape[1] != self.in_channels or tuple(x.shape[2:]) not in self._positions:
+            wanted = " or ".join(str((self.in_channels, *size)) for size in self._positions)
             raise UserError(
                 "x",
                 f"a latent of shape {tuple(x.shape[1:])} does not fit this DiT, which takes "
@@ -286,7 +331,7 @@ class DiTBlock(nn.Module):
         self, dim: int, heads: int, mlp_ratio: float, spec: LayerAttention, grid: Sequence[int], dwconv: bool
     ) -> None:
         super().__init__()
-        self.grid = tuple(grid)
+        self.grid, self.spec = tuple(grid), spec
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = SelfAttention(dim, heads, attention=spec.entry, grid=grid)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
@@ -297,25 +342,28 @@ class DiTBlock(nn.Module):
         self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
         self.dw_conv = BlockOrderConv(dim, _partition(spec, grid), math.prod(grid)) if dwconv else None
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, grid: Sequence[int] | None = None) -> Tensor:
         """Return (batch, tokens, dim).
 
         Args:
             x: (batch, tokens, dim) in raster order.
             condition: (batch, dim).
+            grid: tokens per axis of x; None means those of the construction.
         """
+        grid = self.grid if grid is None else grid
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), grid=grid)
         x = x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
         if self.cpe is not None:
-            x = self.cpe(x, self.grid)
+            x = self.cpe(x, grid)
         return x if self.dw_conv is None else self.dw_conv(x)
 
     def flops(self, grid: Sequence[int]) -> int:
         tokens = math.prod(grid)
         mlp = 2 * tokens * (self.mlp.fc1.weight.numel() + self.mlp.fc2.weight.numel())
         convolutions = sum(conv.flops(tokens) for conv in (self.cpe, self.dw_conv) if conv is not None)
-        return self.attn.flops(grid) + mlp + convolutions + _modulation_flops(self.adaLN_modulation)
+        attention = laid_out(self.attn, self.spec.entry, grid).flops(grid)
+        return attention + mlp + convolutions + _modulation_flops(self.adaLN_modulation)
 
 
 class FinalLayer(nn.Module):

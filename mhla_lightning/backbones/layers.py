@@ -7,11 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mhla_lightning.attention import BlockGrid, DepthwiseConv, MixingMatrix, SelfAttention
 from mhla_lightning.attention.context import PairRotary
-from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.errors import UserError
 
 
@@ -130,44 +128,6 @@ class LabelEmbedder(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """(batch,) int64 -> (batch, dim)"""
         return self.embedding_table(y)
-
-
-class CrossAttention(nn.Module):
-    """Softmax attention of tokens to a text (SPEC 6.2).
-
-    Parameter names are Wan2.1's.
-
-    Args:
-        dim: channels, a multiple of heads.
-        heads: channel heads.
-        qk_norm: RMSNorm of q and k over all channels, as in Wan2.1.
-    """
-
-    def __init__(self, dim: int, heads: int, qk_norm: bool = True) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = (RMSNorm(dim, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2))
-
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return (batch, tokens, dim).
-
-        Args:
-            x: (batch, tokens, dim).
-            text: (batch, rows, dim).
-            mask: (batch, rows) bool, True = a real row; None means all are. A sample without a real row
-                attends to nothing: only the bias of the output remains.
-        """
-        parts = self.norm_q(self.q(x)), self.norm_k(self.k(text)), self.v(text)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        seen = None if mask is None else mask[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        return self.o(out.transpose(1, 2).flatten(2))
-
-    def flops(self, tokens: int, rows: int) -> int:
-        """Return the matrix-product FLOPs of one sample's forward, 2 a multiply-add."""
-        weight = self.q.weight.numel()
-        return 4 * (tokens + rows) * weight + 4 * tokens * rows * len(self.q.weight)
 
 
 class AngleRotation(PairRotary):

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention import DepthwiseConv, LayerAttention, SelfAttention, resolve_layers
-from mhla_lightning.attention.base import positive
+from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.backbones.adapting import Grid, source_geometry
-from mhla_lightning.backbones.layers import ConditionalPosition, CrossAttention, RMSNorm, check_heads
+from mhla_lightning.backbones.layers import ConditionalPosition, check_heads
+from mhla_lightning.backbones.text_attention import CROSS_ATTENTION, CrossEntry, TextAttention, filled_up
 from mhla_lightning.backbones.text_dit import Ends, TextDiT, laid_out, modulated
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.weights.adapted import Adapted
@@ -55,6 +56,8 @@ class SanaOptions:
         embed_dim: channels of a token.
         depth, num_heads: of the transformer.
         cross_heads: heads of the attention to the text.
+        cross_attention: `softmax`, or `mhla` or a mapping of `name: mhla` and :class:`CrossAttentionOptions`
+            (beyond the paper). Without blocks it has 4 an axis, and at most 16 of the text.
         mlp_ratio: hidden channels of the feed-forward network, in channels of a token.
         ffn_conv: keep the depthwise convolution of the feed-forward network. SANA has no other positions;
             without it, give the attention entry a `pos_conv`.
@@ -69,6 +72,7 @@ class SanaOptions:
     depth: int = 28
     num_heads: int = 36
     cross_heads: int = 16
+    cross_attention: CrossEntry = "softmax"
     mlp_ratio: float = 2.5
     ffn_conv: bool = True
     text_dim: int = 2304
@@ -97,16 +101,13 @@ class SanaDiT(TextDiT):
     ) -> None:
         options = options or SanaOptions()
         dim = options.embed_dim
-        for key in ("embed_dim", "depth", "num_heads", "cross_heads"):
-            positive(key, getattr(options, key))
+        _check_sizes(options)
         check_heads(dim, options.num_heads)
         if dim % options.cross_heads:
             raise UserError(
                 "cross_heads",
                 f"{options.cross_heads} heads do not divide the {dim} channels of `embed_dim`",
             )
-        if int(options.mlp_ratio * dim) < 1:
-            raise UserError("mlp_ratio", f"{options.mlp_ratio} is too small; the network needs one channel")
         super().__init__(
             Ends(
                 AXES,
@@ -123,7 +124,8 @@ class SanaDiT(TextDiT):
         with inside("attention"):
             layers = resolve_layers(attention, options.depth, SANA_PRESETS, SelfAttention.layer_options())
         self.text_norm = RMSNorm(dim, eps=1e-5)
-        self.blocks = nn.ModuleList(SanaBlock(options, spec, self.grid) for spec in layers)
+        reading = self._reading(options.cross_attention, options.cross_heads, qk_norm=False, blocks=4)
+        self.blocks = nn.ModuleList(SanaBlock(options, spec, self.grid, reading()) for spec in layers)
         self._finish(layers)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
@@ -138,14 +140,11 @@ class SanaDiT(TextDiT):
         Raises:
             UserError: shapes that do not fit the model.
         """
-        grid = self._check(x, t, text)
-        if text_mask is not None and text_mask.shape != text.shape[:2]:
-            raise UserError(
-                "text_mask",
-                f"it has the shape {tuple(text_mask.shape)}; these texts take {tuple(text.shape[:2])}",
-            )
+        grid = self._check(x, t, text, text_mask)
         tokens = self._embed(x)
         text = self.text_norm(self.text_embedding(text.to(tokens.dtype))).to(tokens.dtype)
+        if CROSS_ATTENTION[self.cross.name].masks_zeros:
+            text, text_mask = filled_up(text, text_mask, self.text_length)
         time, modulation = self._embed_time(t)
         with self.offloaded():
             for block in self.blocks:
@@ -170,6 +169,38 @@ class SanaDiT(TextDiT):
         return self._placed(from_sana(state), source_geometry(state, grid))
 
 
+_MOST = {
+    **dict.fromkeys(
+        ("embed_dim", "in_channels", "text_dim", "text_length", "num_heads", "cross_heads"), 2**17
+    ),
+    **dict.fromkeys(("input_size", "patch_size"), 2**16),
+    "depth": 2**12,
+}
+"""The largest sizes: a larger one is a mistake, and would take hours or all memory before it is seen."""
+_WIDEST = 2**10  # hidden channels of a feed-forward network for each channel of a token
+
+
+def _check_sizes(options: SanaOptions) -> None:
+    """Refuse sizes that are no whole numbers in their range, and a `mlp_ratio` or `ffn_conv` of another type.
+
+    Raises:
+        UserError: with the option's key.
+    """
+    for key, most in _MOST.items():
+        value = getattr(options, key)
+        sides = value if key in ("input_size", "patch_size") and isinstance(value, Sequence) else (value,)
+        for side in sides:
+            if isinstance(value, str) or type(side) is not int or not 1 <= side <= most:
+                raise UserError(key, f"found {value!r}; it must be a whole number from 1 to {most}")
+    ratio = options.mlp_ratio
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= _WIDEST:
+        raise UserError("mlp_ratio", f"found {ratio!r}; it must be a number above 0 and at most {_WIDEST}")
+    if int(ratio * options.embed_dim) < 1:
+        raise UserError("mlp_ratio", f"{ratio} is too small; the network needs one channel")
+    if not isinstance(options.ffn_conv, bool):
+        raise UserError("ffn_conv", f"found {options.ffn_conv!r}; give true or false")
+
+
 class SanaBlock(nn.Module):
     """Self-attention, attention to the text, and a gated feed-forward network.
 
@@ -179,16 +210,19 @@ class SanaBlock(nn.Module):
         options: the model's.
         spec: this layer's resolved attention entry.
         grid: tokens per axis that its blocks are laid out for.
+        cross_attn: attention to the text.
     """
 
-    def __init__(self, options: SanaOptions, spec: LayerAttention, grid: Sequence[int]) -> None:
+    def __init__(
+        self, options: SanaOptions, spec: LayerAttention, grid: Sequence[int], cross_attn: nn.Module
+    ) -> None:
         super().__init__()
         dim = options.embed_dim
         self.spec = spec
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
         self.attn = SelfAttention(dim, options.num_heads, attention=spec.entry, grid=grid)
-        self.cross_attn = CrossAttention(dim, options.cross_heads, qk_norm=False)
+        self.cross_attn = cross_attn
         self.ffn = GatedConvolution(dim, int(options.mlp_ratio * dim), options.ffn_conv)
         self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
 
@@ -207,7 +241,7 @@ class SanaBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unbind(1)
         attended = self.attn(modulated(self.norm1, x, shift1, scale1), grid=grid)
         x = (x + gate1.unsqueeze(1) * attended).to(x.dtype)
-        x = x + self.cross_attn(x, text, text_mask)
+        x = x + self.cross_attn(x, text, mask=text_mask, grid=grid)
         fed = self.ffn(modulated(self.norm2, x, shift2, scale2), grid)
         x = (x + gate2.unsqueeze(1) * fed).to(x.dtype)
         return x if self.cpe is None else self.cpe(x, grid)
@@ -222,7 +256,8 @@ class SanaBlock(nn.Module):
         tokens = math.prod(grid)
         convolution = 0 if self.cpe is None else self.cpe.flops(tokens)
         attention = laid_out(self.attn, self.spec.entry, grid).flops(grid)
-        return attention + self.cross_attn.flops(tokens, rows) + self.ffn.flops(tokens) + convolution
+        reading = cast(TextAttention, self.cross_attn).flops(grid, rows)
+        return attention + reading + self.ffn.flops(tokens) + convolution
 
 
 class GatedConvolution(nn.Module):

@@ -7,7 +7,7 @@ Wan2.1: arXiv 2503.20314. SANA: arXiv 2410.10629. Both follow PixArt, arXiv 2310
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from mhla_lightning.attention import DepthwiseConv, LayerAttention, SelfAttention
 from mhla_lightning.attention.base import accumulation_dtype, full_precision, positive
+from mhla_lightning.attention.context import check_mask
 from mhla_lightning.backbones.activations import KeptActivations
 from mhla_lightning.backbones.adapting import adapted_to, remember_geometry
 from mhla_lightning.backbones.compiling import CompileModule, Parts
 from mhla_lightning.backbones.layers import mixing_weights, modulate, time_sinusoid
 from mhla_lightning.backbones.sizes import Sizes, whole_sizes
-from mhla_lightning.errors import UserError
+from mhla_lightning.backbones.text_attention import CROSS_ATTENTION, CrossEntry, Reader, resolve_cross
+from mhla_lightning.errors import UserError, inside
 from mhla_lightning.weights.adapted import Adapted, Geometry
 
 
@@ -61,7 +63,7 @@ class TextBlock(Protocol):
 class TextDiT(KeptActivations, nn.Module):
     """A transformer of patches whose blocks are modulated by a time and attend to a text.
 
-    A subclass builds `blocks` and calls :meth:`_finish`.
+    A subclass calls :meth:`_reading`, builds `blocks` and calls :meth:`_finish`.
 
     Args:
         ends: see :class:`Ends`.
@@ -69,12 +71,14 @@ class TextDiT(KeptActivations, nn.Module):
     Attributes:
         grid: tokens per axis of input_size.
         out_channels: C.
+        cross: the resolved entry of `cross_attention`.
 
     Raises:
         UserError: a size that does not fit.
     """
 
     blocks: nn.ModuleList
+    cross: LayerAttention
 
     def __init__(self, ends: Ends) -> None:
         super().__init__()
@@ -100,6 +104,31 @@ class TextDiT(KeptActivations, nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(ends.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
+    def _reading(
+        self, entry: CrossEntry, heads: int, *, qk_norm: bool, blocks: int | Sequence[int]
+    ) -> Callable[[], nn.Module]:
+        """Return a function that builds a block's attention to the text.
+
+        Args:
+            entry: of `cross_attention`.
+            heads: number of heads.
+            qk_norm: whether the family has norms of q and k there.
+            blocks: of the tokens per axis, where the entry names none.
+
+        Raises:
+            UserError: an entry that does not fit.
+        """
+        sizes = Reader(self.embed_dim, heads, self.grid, self.text_length, qk_norm)
+        with inside("cross_attention"):
+            self.cross = resolve_cross(entry, sizes, blocks)
+        form, options = CROSS_ATTENTION[self.cross.name], self.cross.operator
+
+        def build() -> nn.Module:
+            with inside("cross_attention"):
+                return form.build(sizes, options)
+
+        return build
+
     def _finish(self, layers: Sequence[LayerAttention]) -> None:
         """Add the output layer, initialise all weights, and take only sizes that fit these layers.
 
@@ -107,7 +136,7 @@ class TextDiT(KeptActivations, nn.Module):
             layers: one resolved attention entry a block.
         """
         self.head = Head(self.embed_dim, math.prod(self.patch_size) * self.out_channels)
-        self.sizes.lay_out(layers)
+        self.sizes.lay_out([*layers, self.cross])
         self._initialise()
         remember_geometry(self)
 
@@ -146,7 +175,7 @@ class TextDiT(KeptActivations, nn.Module):
         sides = [count * size for count, size in zip(grid, self.patch_size, strict=True)]
         return patches.permute(0, 2 * axes + 1, *order).reshape(len(tokens), self.out_channels, *sides)
 
-    def _check(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[int, ...]:
+    def _check(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None) -> tuple[int, ...]:
         """Return the tokens per axis of x. Raises UserError for shapes that do not fit."""
         if x.dim() != len(self.axes) + 2 or x.shape[1] != self.in_channels:
             wanted = f"(batch, {self.in_channels}, {', '.join(self.axes)})"
@@ -171,6 +200,7 @@ class TextDiT(KeptActivations, nn.Module):
                 f"texts have the shape {tuple(text.shape)}; a batch of {len(x)} takes (batch, rows, "
                 f"channels) = {wanted}",
             )
+        check_mask(text_mask, text.shape[:2], "text_mask")
         return self.sizes.tokens("x", tuple(x.shape[2:]))
 
     def check_size(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -184,6 +214,19 @@ class TextDiT(KeptActivations, nn.Module):
                 mixing matrix has; the reason names the nearest sizes that work.
         """
         return self.sizes.tokens("shape", whole_sizes("shape", shape, self.axes))
+
+    def take_sizes(self, sizes: Sequence[Sequence[int]]) -> None:
+        """Check sizes of latents; these models take every size of :meth:`check_size` without a word.
+
+        Raises:
+            UserError: see :meth:`check_size`.
+        """
+        for size in sizes:
+            self.check_size(size)
+
+    def tokens_of(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return the tokens per axis of latents of a size, see :meth:`check_size`."""
+        return self.check_size(size)
 
     def nearest(self, axis: int, size: int) -> tuple[int, ...]:
         """Return the nearest latent sizes along an axis that work, see :meth:`Sizes.nearest`."""

@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mhla_lightning.attention import BlockGrid, LayerAttention, Rotary, SelfAttention, resolve_layers
 from mhla_lightning.attention.base import positive
 from mhla_lightning.backbones.adapting import Grid, source_geometry
-from mhla_lightning.backbones.layers import ConditionalPosition, CrossAttention, GridRotation
+from mhla_lightning.backbones.layers import ConditionalPosition, GridRotation
+from mhla_lightning.backbones.text_attention import CROSS_ATTENTION, CrossEntry, TextAttention, filled_up
 from mhla_lightning.backbones.text_dit import Ends, TextDiT, laid_out, linear_flops, modulated
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.weights.adapted import Adapted, Geometry
@@ -64,6 +64,8 @@ class VideoDiTOptions:
         text_length: rows of text; every sample is filled up to them with zeros.
         blocks: blocks per axis of the entries that name neither `blocks` nor `block_size`; the paper's fit 81
             x 480 x 800 pixels.
+        cross_attention: `softmax`, or `mhla` or a mapping of `name: mhla` and :class:`CrossAttentionOptions`
+            (beyond the paper). Without blocks it has those of `blocks`, and at most 16 of the text.
     """
 
     input_size: Sequence[int] = (21, 60, 100)
@@ -77,6 +79,7 @@ class VideoDiTOptions:
     text_dim: int = 4096
     text_length: int = 512
     blocks: Sequence[int] = (3, 5, 10)
+    cross_attention: CrossEntry = "softmax"
 
 
 class VideoDiT(TextDiT):
@@ -128,13 +131,16 @@ class VideoDiT(TextDiT):
             layers = resolve_layers(
                 attention, options.depth, _presets(options.blocks), SelfAttention.layer_options()
             )
+        reading = self._reading(
+            options.cross_attention, options.num_heads, qk_norm=True, blocks=options.blocks
+        )
         self.blocks = nn.ModuleList(
-            VideoBlock(options.embed_dim, options.num_heads, options.ffn_dim, spec, self.grid)
+            VideoBlock(options.embed_dim, options.num_heads, options.ffn_dim, spec, self.grid, reading())
             for spec in layers
         )
         self._finish(layers)
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Return the velocity of the latents, (batch, C, frames, height, width).
 
         It has the parameters' dtype.
@@ -142,22 +148,30 @@ class VideoDiT(TextDiT):
         Args:
             x: (batch, C, frames, height, width).
             t: model times (batch,), 0 to 1000, whole or not.
-            text: (batch, rows, text_dim), at most text_length rows; filled up with zeros, which are not
-                masked
-                (SPEC 6.2).
+            text: (batch, rows, text_dim), at most text_length rows; filled up with zeros.
+            text_mask: (batch, rows) bool, True = a real row. None means all are for softmax, the zeros too
+                (SPEC 6.2), and all but rows of zeros for `mhla`.
 
         Raises:
             UserError: shapes that do not fit the model.
         """
-        grid = self._check(x, t, text)
+        grid = self._check(x, t, text, text_mask)
         tokens = self._embed(x)
-        text = self.text_embedding(F.pad(text.to(tokens.dtype), (0, 0, 0, self.text_length - text.shape[1])))
+        text, text_mask = self._filled(text, text_mask)
+        text = self.text_embedding(text.to(tokens.dtype))
         time, modulation = self._embed_time(t)
         rotary = GridRotation(grid, self.embed_dim // cast(VideoBlock, self.blocks[0]).attn.heads, x.device)
         with self.offloaded():
             for block in self.blocks:
-                tokens = self.run(block, tokens, modulation, text, rotary, grid)
+                tokens = self.run(block, tokens, modulation, text, rotary, grid, text_mask)
         return self._unpatched(self.head(tokens, time), grid)
+
+    def _filled(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return a text of text_length rows, and the mask of those that are read; None means all."""
+        if mask is None and CROSS_ATTENTION[self.cross.name].masks_zeros:
+            mask = text.ne(0).any(-1)
+        filled, real = filled_up(text, mask, self.text_length)
+        return filled, None if mask is None else real
 
     def adapt_state_dict(self, state: Mapping[str, Tensor], grid: Grid = None) -> Adapted:
         """Return weights of Wan2.1, of the MHLA authors or of diffusers under our names.
@@ -188,23 +202,38 @@ class VideoBlock(nn.Module):
         dim, heads, ffn_dim: the model's.
         spec: this layer's resolved attention entry.
         grid: tokens per axis that its blocks are laid out for.
+        cross_attn: attention to the text.
     """
 
-    def __init__(self, dim: int, heads: int, ffn_dim: int, spec: LayerAttention, grid: Sequence[int]) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        ffn_dim: int,
+        spec: LayerAttention,
+        grid: Sequence[int],
+        cross_attn: nn.Module,
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = SelfAttention(dim, heads, attention=spec.entry, grid=grid)
-        self.cross_attn = CrossAttention(dim, heads)
+        self.cross_attn = cross_attn
         self.ffn = nn.Sequential(
             nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
         )
         self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
 
     def forward(
-        self, x: Tensor, modulation: Tensor, text: Tensor, rotary: Rotary, grid: Sequence[int]
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        rotary: Rotary,
+        grid: Sequence[int],
+        text_mask: Tensor | None = None,
     ) -> Tensor:
         """Return (batch, tokens, dim).
 
@@ -214,11 +243,12 @@ class VideoBlock(nn.Module):
             text: (batch, rows, dim).
             rotary: turns q and k of the self-attention.
             grid: tokens per axis of x.
+            text_mask: (batch, rows) bool, True = a row that is read; None means all are.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unbind(1)
         attended = self.attn(modulated(self.norm1, x, shift1, scale1), grid=grid, rotary=rotary)
         x = (x + gate1.unsqueeze(1) * attended).to(x.dtype)
-        x = x + self.cross_attn(self.norm3(x), text)
+        x = x + self.cross_attn(self.norm3(x), text, mask=text_mask, grid=grid)
         x = (x + gate2.unsqueeze(1) * self.ffn(modulated(self.norm2, x, shift2, scale2))).to(x.dtype)
         return x if self.cpe is None else self.cpe(x, grid)
 
@@ -233,7 +263,7 @@ class VideoBlock(nn.Module):
         convolution = 0 if self.cpe is None else self.cpe.flops(tokens)
         return (
             laid_out(self.attn, self.spec.entry, grid).flops(grid)
-            + self.cross_attn.flops(tokens, rows)
+            + cast(TextAttention, self.cross_attn).flops(grid, rows)
             + tokens * linear_flops(self.ffn)
             + convolution
         )

@@ -21,7 +21,13 @@ from mhla_lightning.attention import LayerAttention, SelfAttention, resolve_laye
 from mhla_lightning.attention.base import known
 from mhla_lightning.attention.entry import lookup_attention
 from mhla_lightning.backbones.activations import Activations, KeptActivations
-from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometry, source_geometry
+from mhla_lightning.backbones.adapting import (
+    Grid,
+    adapted_to,
+    remember_geometry,
+    resampled_positions,
+    source_geometry,
+)
 from mhla_lightning.backbones.compiling import CompileModule, Parts
 from mhla_lightning.backbones.layers import (
     ConditionalPosition,
@@ -30,6 +36,8 @@ from mhla_lightning.backbones.layers import (
     placed_as,
     take_grid,
 )
+from mhla_lightning.backbones.sizes import Sizes
+from mhla_lightning.backbones.text_dit import laid_out
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.weights.adapted import Adapted, Geometry
 
@@ -210,15 +218,69 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
             ),
         )
         self.attention_entry, self.options = attention, options
+        self.sizes = Sizes(
+            ("height", "width"), (patch, patch), [count * patch for count in grid], "padded images"
+        )
+        if not options.class_token:
+            self.sizes.lay_out(layers)
         self.img_size, self.grid = size, grid
         self.token_mask: Tensor | None
         self.register_buffer("token_mask", mask, persistent=False)
+        self.more_grids: dict[tuple[int, ...], tuple[int, int]] = {}
         remember_geometry(self)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return (batch, tokens, embed_dim) in raster order of images (batch, C, H, W)."""
         with self.offloaded():
-            return super().forward_features(self._pad(x))
+            grid = self.more_grids.get(tuple(x.shape[-2:]))
+            return super().forward_features(self._pad(x)) if grid is None else self._features_at(x, grid)
+
+    def _features_at(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Do as timm's forward_features for images of another size, with resampled positions.
+
+        Args:
+            x: (batch, C, H, W), of a size of :meth:`take_sizes`.
+            grid: its tokens per axis, after padding.
+        """
+        patch = self.patch_embed.patch_size[0]
+        x = _padded(x, (grid[0] * patch, grid[1] * patch))
+        x = self.patch_embed.norm(self.patch_embed.proj(x).flatten(2).transpose(1, 2))
+        prefix = int(self.has_class_token)
+        table = cast(Tensor, self.pos_embed)
+        positions = resampled_positions(table[:, prefix:], self.grid, grid)
+        if self.has_class_token:
+            x = torch.cat([cast(Tensor, self.cls_token).expand(len(x), -1, -1), x], dim=1)
+            positions = torch.cat([table[:, :1], positions], dim=1)
+        x = self.norm_pre(self.patch_drop(self.pos_drop(x + positions)))
+        for block in self.blocks:
+            x = self.run(block, x, grid=_mixed(grid, self.has_class_token))
+        return self.norm(x)
+
+    def take_sizes(self, sizes: Sequence[Sequence[int]]) -> None:
+        """Take images of these sizes besides those of img_size; learned positions are resampled for them.
+
+        Args:
+            sizes: (height, width) in pixels each.
+
+        Raises:
+            UserError: a size that the patch or a layer's blocks cannot take, or any with `mask_padding`;
+                nothing has changed then.
+        """
+        fitting = {tuple(size): self.tokens_of(size) for size in sizes if tuple(size) != tuple(self.img_size)}
+        if fitting and self.options.mask_padding:
+            raise UserError("mask_padding", "it masks the padding of one size only; write false")
+        self.more_grids |= fitting
+
+    def tokens_of(self, size: Sequence[int]) -> tuple[int, int]:
+        """Return the tokens per axis of images of a size, padding included.
+
+        Raises:
+            UserError: a size that the patch or a layer's blocks cannot take.
+        """
+        patch = self.patch_embed.patch_size[0]
+        grid = padded_grid(size, patch, self.options.token_multiple)
+        self.sizes.tokens("img_size", [count * patch for count in grid])
+        return grid
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Do as timm's.
@@ -282,6 +344,7 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
         for block, new in zip(self.blocks, fresh.blocks, strict=True):
             cast(MixedBlock, block).take_grid(cast(MixedBlock, new))
         self.img_size, self.grid, self.geometry = fresh.img_size, fresh.grid, fresh.geometry
+        self.sizes, self.more_grids = fresh.sizes, {}
         self.token_mask = _beside(fresh.token_mask, self.pos_embed)
         self.options = replace(options, global_pool=self.options.global_pool)
         update_model_input_size(self, self.img_size, patch_size=patch)
@@ -304,8 +367,7 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
                 f"images of {tuple(x.shape[-2:])} pixels do not fit this backbone, which takes "
                 f"{self.img_size} pixels, or {tuple(full)} with its padding",
             )
-        spare_h, spare_w = full[0] - x.shape[-2], full[1] - x.shape[-1]
-        return F.pad(x, (spare_w // 2, spare_w - spare_w // 2, spare_h // 2, spare_h - spare_h // 2))
+        return _padded(x, full)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         return super().pool(x if self.token_mask is None else x[:, self.token_mask], pool_type)
@@ -378,18 +440,25 @@ class MixedBlock(Block):
         **timm_options: Any,
     ) -> None:
         super().__init__(dim, num_heads, **{**timm_options, "attn_layer": nn.Identity})
-        spec = layers[depth]
+        self.spec = spec = layers[depth]
         self.grid = grid
         self.token_mask: Tensor | None
         self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
         self.attn = SelfAttention(dim, num_heads, attention=spec.entry, grid=grid)
         self.register_buffer("token_mask", token_mask, persistent=False)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        grid: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Do as timm's; `grid` is the token counts of x where they are not those of the construction."""
         if self.cpe is not None:
-            x = self.cpe(x, self.grid)
+            x = self.cpe(x, self.grid if grid is None else grid)
         mask = None if self.token_mask is None else self.token_mask.expand(x.shape[0], -1)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), mask=mask)))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid=grid, mask=mask)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def take_grid(self, other: MixedBlock) -> None:
@@ -406,11 +475,17 @@ class MixedBlock(Block):
             * sum(layer.weight.numel() for layer in self.mlp.modules() if isinstance(layer, nn.Linear))
         )
         cpe = self.cpe.flops(tokens) if self.cpe is not None else 0
-        return cast(SelfAttention, self.attn).flops(grid) + mlp + cpe
+        return laid_out(cast(SelfAttention, self.attn), self.spec.entry, grid).flops(grid) + mlp + cpe
 
 
 def _beside(mask: Tensor | None, other: Tensor) -> Tensor | None:
     return None if mask is None else mask.to(other.device)
+
+
+def _padded(x: Tensor, full: Sequence[int]) -> Tensor:
+    """Zero-pad images (batch, C, H, W) on all sides to (height, width)."""
+    spare_h, spare_w = full[0] - x.shape[-2], full[1] - x.shape[-1]
+    return F.pad(x, (spare_w // 2, spare_w - spare_w // 2, spare_h // 2, spare_h - spare_h // 2))
 
 
 def _square(patch_size: int | Sequence[int]) -> int:

@@ -23,8 +23,11 @@ from mhla_lightning.attention.mhla.decode import MHLAState, make_room
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.backbones.causal_lm import CausalLM, ModelState
 from mhla_lightning.bench.timing import GRAPH, GpuClock, seconds_once, spread
+from mhla_lightning.inference.text import Execution, Sampling
+from mhla_lightning.inference.text.token_graph import Decoding
 
 _PROMPT = 128  # tokens that a model really sees before a position, at least; a multiple of the chunks
+_GRAPH_TOKENS = 64  # that a graph adds at most while it is warmed up and timed
 _TIMED = 6  # tokens of the common kind that a measurement times
 
 
@@ -62,10 +65,10 @@ class DecodePoint:
 def build_model(
     attention: str | Mapping[str, Any], shape: Mapping[str, Any], device: torch.device
 ) -> CausalLM:
-    """lm_340m with other sizes where `shape` names them, random weights, float32."""
+    """lm_340m with other sizes where `shape` names them, random weights, bf16 on a GPU, else float32."""
     model = build_backbone("lm_340m", attention=attention, **shape)
     assert isinstance(model, CausalLM)
-    return model.to(device).eval()
+    return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
 
 @torch.no_grad()
@@ -93,7 +96,7 @@ def decode_at(
         on_progress()
     if device.type == "cuda" and graphs:
         for place, state in zip(places, states, strict=True):
-            place.graph = _as_graph(model, state, batch, device)
+            place.graph = _as_graph(model, state, place.position, device)
     following = torch.randint(model.vocab_size, (turns, tokens, batch), generator=generator).to(device)
     for turn in range(turns):
         spent, at = [0.0] * len(positions), [0] * len(positions)
@@ -151,6 +154,8 @@ def _skipped(state: object, tokens: int, prompt: bool) -> Any:
         total, before = [filled + tokens for filled in state.filled], max(state.finished)
         state.finished = [done + n // size for done, n in zip(state.finished, total, strict=True)]
         state.filled = [n % size for n in total]
+        if state.tokens is not None:  # a kernel counts them
+            state.tokens += tokens
         for finished in [max(state.finished)] if prompt else range(before + 1, max(state.finished) + 1):
             make_room(state, finished)
         return state
@@ -216,11 +221,17 @@ def _timed_step(
 
 
 def _as_graph(
-    model: CausalLM, state: ModelState, batch: int, device: torch.device
+    model: CausalLM, state: ModelState, position: int, device: torch.device
 ) -> tuple[str, float | None]:
-    """Return how one token after `state` runs as a CUDA graph, and its seconds where it does."""
-    clock, held = GpuClock(device), copy.deepcopy(state)
-    token = torch.zeros(batch, dtype=torch.int64).to(device)
-    run, how = clock.replayed(lambda: model.step(token, held))
-    captured = how == GRAPH
-    return how, clock.time(run)[0] if captured else None
+    """Return how one token after `state`, its choice included, runs as a CUDA graph, and its seconds."""
+    clock, batch = GpuClock(device), len(state.positions)
+    most = position + _GRAPH_TOKENS
+    held = copy.deepcopy(state)
+    decoding = Decoding(model, held, Sampling(greedy=True), None, Execution(device), most)
+    decoding.first(torch.zeros(batch, model.vocab_size).to(device), [""] * batch)
+    decoding.token()
+    reason = model.host_needed(decoding.state)
+    if reason is not None:
+        return f"eagerly; no CUDA graph: {reason}", None
+    run, how = clock.replayed(decoding.token)
+    return how, clock.time(run)[0] if how == GRAPH else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from mhla_lightning.attention import build_attention
 from mhla_lightning.attention.context import HalfRotary
 from mhla_lightning.attention.mhla import CausalMHLA
-from mhla_lightning.attention.mhla.decode import MHLAState
+from mhla_lightning.attention.mhla.decode import MHLAState, make_room
 from mhla_lightning.attention.mhla.triton.choice import CausalSizes, causal_dense_is_cheaper
 from mhla_lightning.attention.mhla.triton.launch import Launch, recorded
 from mhla_lightning.bench.kernel_launches import Gpu, Operations, Work, flash_seconds, torch_operations
@@ -159,7 +159,7 @@ class TokenCase:
         )
         assert isinstance(state, MHLAState)
         state.filled, state.finished = [0 if self.begins else 1] * s.batch, [s.blocks - 1] * s.batch
-        state.complete()
+        make_room(state, state.reach.kept)
         return state
 
     @torch.no_grad()

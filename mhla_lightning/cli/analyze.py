@@ -264,10 +264,15 @@ def _shown(measure: str, value: float) -> str:
 
 
 def skipped_lines(studies: dict[str, ModelStudy]) -> list[str]:
-    """Return a line for every layer without numbers."""
-    return [
+    """Return a line for every layer without numbers, and one for those that read a text by MHLA."""
+    layers = [
         f"{name}, layer {number}: {layer.skipped}"
         for name, found in studies.items()
         for number, layer in enumerate(found.layers)
         if layer.skipped is not None
+    ]
+    return layers + [
+        f"{name}, {found.reading} layers of cross_attention mhla: only self-attention is measured"
+        for name, found in studies.items()
+        if found.reading
     ]

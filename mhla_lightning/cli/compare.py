@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,70 +28,45 @@ from rich.text import Text
 
 from mhla_lightning.cli.output import check_json, demand_at_least
 from mhla_lightning.compare.child import ChildRun, train_in_children
-from mhla_lightning.compare.comparison import COSTS, headline, rich_table, score_tags, table_row
+from mhla_lightning.compare.comparison import COSTS, headline, rich_table, score_tags
 from mhla_lightning.compare.fairness import remarks
+from mhla_lightning.compare.plan import (
+    Comparison,
+    Measured,
+    check_rows,
+    finished_line,
+    log_end,
+    make_folder,
+    measure_runs,
+    table_rows,
+)
 from mhla_lightning.compare.significance import as_json, difference_table, paired_differences
-from mhla_lightning.compare.variants import (
-    VariantRow,
-    arguments,
-    identity,
-    merged,
-    rows_from_file,
-    rows_over,
-    seed_list,
-)
+from mhla_lightning.compare.variants import VariantRow, identity, rows_from_file, rows_over, seed_list
 from mhla_lightning.config.moved_keys import flat
-from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides, variants_file
+from mhla_lightning.config.recipes import load_recipe, parse_overrides, variants_file
 from mhla_lightning.errors import UserError, unknown_name
-from mhla_lightning.evaluation import EVALUATIONS, RequestedEvaluation, requested_evaluation
-from mhla_lightning.runs.folder import (
-    FORMAT,
-    RunFolder,
-    check_run_id,
-    read_metrics,
-    read_object,
-    runs_root,
-    write_json,
-)
+from mhla_lightning.evaluation import EVALUATIONS, requested_evaluation
+from mhla_lightning.runs.folder import FORMAT, read_metrics, runs_root, write_json
 from mhla_lightning.runs.lock import hold
 
 TAKES_OVERRIDES = True
-_LOG_LINES = 15
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
 _WIDE = 240  # columns where no terminal limits them
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What to train.
+class _Wanted:
+    """A comparison as the verb trains it.
 
     Args:
-        recipe: as written.
-        rows, seeds: every pair is a run.
-        common: overrides of all rows.
-        folder: holds the runs, their logs, table.json and curves.png.
+        plan: rows, seeds and folder.
         jobs: runs trained at once.
-        evaluations: run on every finished run.
         against: name of the row that the others are compared with, seed by seed.
     """
 
-    recipe: Recipe
-    rows: list[VariantRow]
-    seeds: list[int]
-    common: dict[str, Any]
-    folder: Path
+    plan: Comparison
     jobs: int
-    evaluations: list[RequestedEvaluation]
     against: str
-
-    def runs(self) -> list[tuple[VariantRow, int, RunFolder]]:
-        return [(row, seed, self.run(row, seed)) for row in self.rows for seed in self.seeds]
-
-    def run(self, row: VariantRow, seed: int) -> RunFolder:
-        return RunFolder(self.folder / check_run_id(row.run_id(seed)))
-
-    def values(self, row: VariantRow) -> dict[str, Any]:
-        return merged(self.common, row.overrides)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,14 +130,15 @@ def perform(args: argparse.Namespace, console: Console) -> tuple[int, Path]:
     Raises:
         UserError: an argument or a row is wrong.
     """
-    plan = _plan(args)
+    wanted = _wanted(args)
+    plan = wanted.plan
     if not all(folder.finished() for _, _, folder in plan.runs()):
-        _check_rows(plan)
-    _make(plan.folder)
+        check_rows(plan)
+    make_folder(plan.folder)
     with hold(plan.folder):
         try:
-            code = _train(plan, console)
-            return code or _report(plan, console, args.json, _measure(plan, console)), plan.folder
+            code = _train(wanted, console)
+            return code or _report(wanted, console, args.json, _measure(plan, console)), plan.folder
         except KeyboardInterrupt:
             print(
                 "interrupted; finished runs and checkpoints are kept: the same command continues",
@@ -171,7 +147,7 @@ def perform(args: argparse.Namespace, console: Console) -> tuple[int, Path]:
             return _INTERRUPTED, plan.folder
 
 
-def _plan(args: argparse.Namespace) -> Comparison:
+def _wanted(args: argparse.Namespace) -> _Wanted:
     check_json(args.json)
     demand_at_least(args, jobs=1)
     recipe = load_recipe(args.recipe)
@@ -200,62 +176,35 @@ def _plan(args: argparse.Namespace) -> Comparison:
     if against not in names:
         raise UserError("against", unknown_name("row", against, names))
     folder = runs_root(args.runs) / name
-    return Comparison(recipe, rows, seeds, common, folder, args.jobs, evaluations, against)
+    return _Wanted(Comparison(recipe, rows, seeds, common, folder, evaluations), args.jobs, against)
 
 
-def _check_rows(plan: Comparison) -> None:
-    """A typo in the last row shows before the first row has trained for hours."""
-    from mhla_lightning.config.resolve import resolve
-
-    for row in plan.rows:
-        try:
-            resolved = resolve(apply_overrides(plan.recipe.values, plan.values(row)))
-            for wanted in plan.evaluations:
-                wanted.check(resolved.task, resolved.data)
-        except UserError as error:
-            raise UserError(error.key, f"row '{row.name}': {error.reason}") from error
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            str(folder), f"cannot write: {error.strerror}; choose another place with `runs` or $MHLA_RUNS"
-        ) from error
-
-
-def _train(plan: Comparison, console: Console) -> int:
+def _train(wanted: _Wanted, console: Console) -> int:
     """Every run that is not finished; the exit code of the first that fails, else 0."""
-    runs = plan.runs()
+    runs = wanted.plan.runs()
     names = {folder.path: (row, seed) for row, seed, folder in runs}
     reused = [folder.finished() for _, _, folder in runs]
     with _progress(console, len(runs)) as (progress, bar):
         for (row, seed, folder), before in zip(runs, reused, strict=True):
             if before:
-                _say(progress.console, _finished_line(row, seed, folder, True))
+                _say(progress.console, finished_line(row, seed, folder, True))
 
         def ended(child: ChildRun, code: int) -> None:
             row, seed = names[child.run.path]
             if code == 0 and child.run.finished():
-                _say(progress.console, _finished_line(row, seed, child.run, False))
+                _say(progress.console, finished_line(row, seed, child.run, False))
             else:
                 _say_failed(row, seed, child.log, code)
 
         children = [
-            _child(plan, row, seed, folder)
-            for (row, seed, folder), before in zip(runs, reused, strict=True)
+            wanted.plan.child(row, seed)
+            for (row, seed, _), before in zip(runs, reused, strict=True)
             if not before
         ]
         code = train_in_children(
-            children, plan.jobs, lambda done: progress.update(bar, completed=sum(reused) + done), ended
+            children, wanted.jobs, lambda done: progress.update(bar, completed=sum(reused) + done), ended
         )
     return code or int(not all(folder.finished() for _, _, folder in runs))
-
-
-def _child(plan: Comparison, row: VariantRow, seed: int, folder: RunFolder) -> ChildRun:
-    words = arguments({"seed_everything": seed, **plan.values(row)})
-    return ChildRun(str(plan.recipe.path), folder, words, plan.folder / f"{folder.run_id}.log")
 
 
 @contextmanager
@@ -271,21 +220,11 @@ def _progress(console: Console, total: int) -> Iterator[tuple[Progress, TaskID]]
 
 
 def _say_failed(row: VariantRow, seed: int, log: Path, code: int) -> None:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
-    print(*lines, sep="\n", file=sys.stderr)
+    print(*log_end(log), sep="\n", file=sys.stderr)
     print(
         f"error: row '{row.name}', seed {seed} stopped with exit code {code}; all it said is in {log} "
         "(finished runs are kept: the same command continues)",
         file=sys.stderr,
-    )
-
-
-def _finished_line(row: VariantRow, seed: int, folder: RunFolder, reused: bool) -> str:
-    summary = read_object(folder.summary)
-    tag = headline(summary["last"])
-    value = f"{tag} {summary['last'][tag]:.4f}, " if tag else ""
-    return f"{row.name}, seed {seed}: {value}{summary['seconds']:.1f} s" + (
-        " (finished before)" if reused else ""
     )
 
 
@@ -294,46 +233,27 @@ def _say(console: Console, line: str) -> None:
     console.print(Text(line), soft_wrap=True)
 
 
-Measured = dict[int, dict[str, dict[str, float]]]
-"""seed -> name of an evaluation -> numbers"""
+def _measure(plan: Comparison, console: Console) -> Measured:
+    def on_measured(row: VariantRow, seed: int, name: str, found: Mapping[str, float], kept: bool) -> None:
+        shown = ", ".join(f"{number} {value:.4g}" for number, value in found.items())
+        _say(console, f"{row.name}, seed {seed}: {name}: {shown}{' (measured before)' if kept else ''}")
+
+    return measure_runs(plan, on_measured)
 
 
-def _measure(plan: Comparison, console: Console) -> dict[str, Measured]:
-    """Return the evaluations of every run by the row's name; earlier ones are read."""
-    measured: dict[str, Measured] = {row.name: {seed: {} for seed in plan.seeds} for row in plan.rows}
-    for wanted in plan.evaluations:
-        for row, seed, folder in plan.runs():
-            kept = wanted.kept(folder)
-            try:
-                found = kept if kept is not None else wanted.measure(folder)
-            except UserError as error:
-                raise UserError(error.key, f"row '{row.name}', seed {seed}: {error.reason}") from error
-            shown = ", ".join(f"{number} {value:.4g}" for number, value in found.items())
-            _say(
-                console,
-                f"{row.name}, seed {seed}: {wanted.name}: "
-                f"{shown}{' (measured before)' if kept is not None else ''}",
-            )
-            measured[row.name][seed][wanted.name] = found
-    return measured
-
-
-def _report(plan: Comparison, console: Console, json_file: str | None, measured: dict[str, Measured]) -> int:
+def _report(wanted: _Wanted, console: Console, json_file: str | None, measured: Measured) -> int:
     from mhla_lightning.compare.curves import write_curves
 
-    summaries = {
-        row.name: {seed: read_object(plan.run(row, seed).summary) for seed in plan.seeds} for row in plan.rows
-    }
-    rows = [table_row(row.name, row.overrides, summaries[row.name], measured[row.name]) for row in plan.rows]
+    plan = wanted.plan
+    rows = table_rows(plan, measured)
     notes, tags = remarks(rows), score_tags(rows)
-    differences = list(paired_differences(rows, plan.against, tags))
-    evaluations = {wanted.name: wanted.identity for wanted in plan.evaluations}
+    differences = list(paired_differences(rows, wanted.against, tags))
     table = {
         "format": FORMAT,
         "recipe": plan.recipe.name,
         "seeds": plan.seeds,
         "overrides": plan.common,
-        "evaluations": evaluations,
+        "evaluations": {one.name: one.identity for one in plan.evaluations},
         "remarks": notes,
         "differences": as_json(differences),
         "rows": rows,

@@ -70,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", metavar="N", type=int, default=16, help="prompts continued together (default: 16)"
     )
+    parser.add_argument(
+        "--cuda-graph",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="run a whole token as one CUDA graph: auto where all layers can, on demands it (default: auto)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write prompts and continuations as JSON too")
 
 
@@ -116,6 +122,7 @@ def perform(args: argparse.Namespace, show: Callable[[Output, Iterable[Continuat
     found, device = find(args)
     ids = _encode(found, prompts, args.max_new_tokens)
     backbone = load(args, found, device)
+    from mhla_lightning.inference.text import Execution
     from mhla_lightning.inference.text.continuation import continue_prompts
 
     output = Output(prompts, started=time.perf_counter())
@@ -127,7 +134,7 @@ def perform(args: argparse.Namespace, show: Callable[[Output, Iterable[Continuat
         args.max_new_tokens,
         stops=args.stop,
         batch_size=args.batch_size,
-        device=device,
+        device=Execution(device, args.cuda_graph),
     )
     return Generated(found, output, interrupted=show(output, steps))
 

@@ -25,6 +25,7 @@ VERBS = {
     "run": "train a recipe; the same command again resumes it",
     "recipes": "list the recipes that come with the package, or show one",
     "compare": "train variants of a recipe side by side: one table, one plot",
+    "reproduce": "decide the paper's claims at small scale: studies with seeds, a page of verdicts",
     "generate": "continue prompts with a language run",
     "sample": "draw images or videos from a diffusion run",
     "predict": "name the likeliest classes of images, with a classifier's run",
@@ -48,7 +49,7 @@ VERBS = {
 }
 
 GROUPS = {
-    "train": ("run", "recipes", "compare", "plan"),
+    "train": ("run", "recipes", "compare", "reproduce", "plan"),
     "use": ("generate", "sample", "predict", "report", "analyze", "eval", "export", "import"),
     "data": ("data",),
     "cluster": ("submit", "status", "logs", "cancel", "resume", "monitor"),

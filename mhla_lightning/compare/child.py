@@ -1,4 +1,7 @@
-"""Ordinary runs in processes of their own, as `compare` starts them. Standard library only."""
+"""Verbs in processes of their own, as `compare` and `reproduce` start them.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,29 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Protocol, TypeVar
 
 from mhla_lightning.runs.folder import RunFolder, read_object
 
 _POLL = 0.5  # seconds
 _GRACE = 60.0  # seconds a run has to end after an interrupt
+
+
+class Child(Protocol):
+    """A process to start."""
+
+    @property
+    def log(self) -> Path:
+        """The file that stdout and stderr are appended to."""
+
+    def words(self) -> Sequence[str]:
+        """Return the arguments of `mhla`."""
+
+    def share(self) -> float:
+        """Return the share of the work that is done, 0 to 1."""
+
+
+AnyChild = TypeVar("AnyChild", bound=Child)
 
 
 @dataclass(frozen=True)
@@ -33,48 +53,85 @@ class ChildRun:
     overrides: Sequence[str]
     log: Path
 
-    def start(self, output: IO[bytes], threads: int | None) -> subprocess.Popen[bytes]:
-        """`mhla run RECIPE` in a process of its own; threads: of torch, None is all cores."""
+    def words(self) -> list[str]:
+        """Return the arguments of `mhla`."""
         place = ["--runs", str(self.run.path.parent), "--run-id", self.run.run_id]
-        command = [sys.executable, "-m", "mhla_lightning", "run", self.recipe, *place, *self.overrides]
-        env = None if threads is None else {"OMP_NUM_THREADS": str(threads), **os.environ}
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env
-        )
+        return ["run", self.recipe, *place, *self.overrides]
+
+    def share(self) -> float:
+        """Return the share of the steps that are done."""
+        return share_done(self.run)
+
+
+@dataclass(frozen=True)
+class ChildVerb:
+    """Another verb to carry out.
+
+    verb: its arguments, the name first. log: file that stdout and stderr are appended to.
+    """
+
+    verb: Sequence[str]
+    log: Path
+
+    def words(self) -> Sequence[str]:
+        """Return the arguments of `mhla`."""
+        return self.verb
+
+    def share(self) -> float:
+        """Return 0: how far it is shows at its end."""
+        return 0.0
+
+
+def start(child: Child, output: IO[bytes], threads: int | None) -> subprocess.Popen[bytes]:
+    """Start `mhla ...` in a process of its own; threads: of torch, None is all cores."""
+    command = [sys.executable, "-m", "mhla_lightning", *child.words()]
+    env = None if threads is None else {"OMP_NUM_THREADS": str(threads), **os.environ}
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env
+    )
 
 
 def train_in_children(
-    runs: Sequence[ChildRun],
+    runs: Sequence[AnyChild],
     jobs: int,
     on_progress: Callable[[float], None],
-    on_end: Callable[[ChildRun, int], None],
+    on_end: Callable[[AnyChild, int], None],
+    *,
+    keep_going: bool = False,
+    threads: int | None = None,
 ) -> int:
     """Train `runs` in their order, `jobs` at once.
 
-    Jobs share the cores. After a failure no other run is started.
+    Jobs share the cores.
 
     Args:
+        runs: to train; other verbs are carried out.
+        jobs: at once.
         on_progress: called about twice a second with how many runs are done, parts of runs included.
         on_end: called with every run that has ended and its exit code: 128 + number where a signal ended it.
+        keep_going: start the others after a failure; else no other run is started. A failure by a signal to
+            this process ends both.
+        threads: of each; None shares the cores.
 
     Returns:
         the exit code of the first that failed, else 0.
     """
-    threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    if threads is None and jobs > 1:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting, ended, first_failure = list(runs), 0, 0
-    running: dict[subprocess.Popen[bytes], ChildRun] = {}
-    with ExitStack() as files, _end_with_us(running):
-        while running or (waiting and not first_failure):
-            while waiting and len(running) < jobs and not first_failure:
+    running: dict[subprocess.Popen[bytes], AnyChild] = {}
+    with ExitStack() as files, _end_with_us(running) as stopped:
+        while running or (waiting and (keep_going or not first_failure) and not stopped):
+            while waiting and len(running) < jobs and (keep_going or not first_failure) and not stopped:
                 one = waiting.pop(0)
-                running[one.start(files.enter_context(one.log.open("ab")), threads)] = one
+                running[start(one, files.enter_context(one.log.open("ab")), threads)] = one
             time.sleep(_POLL)
             for child in [child for child in running if child.poll() is not None]:
                 one, code = running.pop(child), child.returncode
                 code = code if code >= 0 else 128 - code
                 ended, first_failure = ended + 1, first_failure or code
                 on_end(one, code)
-            on_progress(ended + sum(share_done(one.run) for one in running.values()))
+            on_progress(ended + sum(one.share() for one in running.values()))
     return first_failure
 
 
@@ -87,16 +144,22 @@ def share_done(run: RunFolder) -> float:
 
 
 @contextmanager
-def _end_with_us(children: Mapping[subprocess.Popen[bytes], ChildRun]) -> Iterator[None]:
-    """Pass SIGTERM on, so that the children can save; end them after an interrupt."""
+def _end_with_us(children: Mapping[subprocess.Popen[bytes], Child]) -> Iterator[list[int]]:
+    """Pass SIGTERM on, so that the children can save; end them after an interrupt.
+
+    Yields:
+        the signals that were passed on.
+    """
+    passed: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        passed.append(number)
         for child in children:
             child.send_signal(number)
 
     before = signal.signal(signal.SIGTERM, forward)
     try:
-        yield
+        yield passed
     except BaseException:
         forward(
             signal.SIGINT, None

@@ -117,10 +117,23 @@ def rows_from_file(path: Path) -> list[VariantRow]:
             "the file is no mapping from row names to dotted overrides; write for example "
             "'small lr: {model.optimizer.lr: 1e-4}'",
         )
+    return read_rows(table, str(path))
+
+
+def read_rows(table: Mapping[Any, Any], key: str) -> list[VariantRow]:
+    """Return the rows of a mapping from row name to dotted overrides.
+
+    Args:
+        table: the mapping; None is no override.
+        key: of the error.
+
+    Raises:
+        UserError: another form.
+    """
     for name, overrides in table.items():
         if not isinstance(overrides, dict | None):
             raise UserError(
-                str(path),
+                key,
                 f"row '{name}' is {overrides!r}, not a mapping of dotted overrides such as "
                 "{model.attention: linear}",
             )

@@ -17,6 +17,8 @@ from mhla_lightning.runs.folder import RunFolder, complete_checkpoints
 from mhla_lightning.textfiles import read_text
 
 _VARIANTS = "variants"
+STUDIES = "studies"
+"""Folder of the packaged studies, beside those of the recipes."""
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -122,7 +124,7 @@ def recipe_names() -> list[str]:
     return sorted(
         str(path.relative_to(RECIPES).with_suffix(""))
         for path in RECIPES.glob("*/*.yaml")
-        if path.parent.name != _VARIANTS
+        if path.parent.name not in (_VARIANTS, STUDIES)
     )
 
 

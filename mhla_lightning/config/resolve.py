@@ -296,20 +296,26 @@ def _may_change(key: str) -> bool:
 
 
 _GAINED = {"mhla_lightning.callbacks.SampleGrids": {"prompts": None}}
-"""Arguments that a callback has gained, with the value that leaves it as it was: run ids and resumes of older
-recipes stay.
+_GAINED_BY_SECTION = {"model": {"eval_sizes": None}, "data": {"buckets": None}}
+_GAINED_BY_DATA = {"text_encoder": {"instruction": None}}
+"""Arguments that callbacks, tasks, data modules and their parts have gained.
+
+Each has the value that leaves its owner as it was: run ids and resumes of older recipes stay.
 """
 
 
 def _without_place(values: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved recipe in the old, flat form, without the keys that say where it runs."""
     kept = flat(values)
-    for callback in kept["trainer"].get("callbacks") or ():
-        given = callback.get("init_args") or {}
-        for name, neutral in _GAINED.get(callback.get("class_path"), {}).items():
-            if name in given and given[name] == neutral:
-                del given[name]
     arguments = kept["data"]["init_args"]
+    callbacks = kept["trainer"].get("callbacks") or ()
+    gained = [(one.get("init_args"), _GAINED.get(one.get("class_path"), {})) for one in callbacks]
+    gained += [(kept[name].get("init_args"), neutral) for name, neutral in _GAINED_BY_SECTION.items()]
+    gained += [(arguments.get(part), neutral) for part, neutral in _GAINED_BY_DATA.items()]
+    for given, neutral in gained:
+        for name, value in neutral.items():
+            if given and name in given and given[name] == value:
+                del given[name]
     for section, keys in ((arguments, _PLACE_OF_DATA), (kept["trainer"], _PLACE_OF_TRAINER)):
         for key in keys:
             section.pop(key, None)

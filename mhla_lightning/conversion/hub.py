@@ -94,10 +94,7 @@ class HubModel(nn.Module, ModelHubMixin):
         """Open the model of a run, in eval mode.
 
         Args:
-            run: id or folder.
-            runs: folder of all run folders; None means $MHLA_RUNS, else ./runs.
-            ckpt: a step or a checkpoint folder; None means the newest.
-            ema: take the averaged weights where the checkpoint has them.
+            run, runs, ckpt, ema: see :func:`mhla_lightning.inference.rebuilding.open_run`.
 
         Raises:
             UserError: no such run or checkpoint, or a recipe that may not be rebuilt.

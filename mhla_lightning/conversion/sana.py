@@ -12,7 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 from mhla_lightning.backbones import TEXT_TO_IMAGE
-from mhla_lightning.conversion.config_files import check_backbone, if_its_own, not_default, own_facts
+from mhla_lightning.conversion.config_files import (
+    check_backbone,
+    check_reading,
+    check_whole,
+    if_its_own,
+    not_default,
+    own_facts,
+)
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.sana_names import needed_by_sana
 from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish
@@ -20,10 +27,14 @@ from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish
 FAMILY = "SANA"
 CLASSES = ("SanaTransformer2DModel",)
 OPTIONAL = re.compile(
-    r"^blocks\.\d+\.(attn\.(attention|gate|out_norm|lepe|q_norm|k_norm)|cpe|ffn\.depthwise)\."
+    r"^blocks\.\d+\.(attn\.(attention|gate|out_norm|lepe|q_norm|k_norm)|cross_attn\.(mixing|norm_q|norm_k)"
+    r"|cpe|ffn\.depthwise)\."
 )
 
 _PUBLIC = {1152: ("sana_600m", 36, 16), 2240: ("sana_1600m", 70, 20)}  # width -> name, heads, cross heads
+# Sizes in config.json: that tell whether it is the model's own, and that may be absent.
+_NEEDED = ("num_attention_heads", "attention_head_dim", "num_layers")
+_GIVEN = ("num_cross_attention_heads", "sample_size")
 # key of config.json -> (the value that we compute, what else it would be)
 _FIXED: dict[str, tuple[Any, str]] = {
     "qk_norm": (None, "norms of q and k, as in SANA-1.5"),
@@ -41,12 +52,15 @@ def sana_target(state: State, wish: Wish) -> ImportTarget:
     Values of the request take precedence over those of the checkpoint.
 
     Raises:
-        UserError: no SANA, one with parts that we lack, a backbone of another family, or heads that are
-            unknown or contradict the checkpoint.
+        UserError: no SANA, one with parts that we lack, a backbone of another family, heads that are
+            unknown or contradict the checkpoint, or a config.json whose sizes are missing or no sizes.
     """
     check_backbone("backbone", wish.backbone, FAMILY, TEXT_TO_IMAGE)
     depth = _depth(state, wish.source)
-    wish = replace(wish, config=if_its_own(wish.config, state, depth))
+    if wish.config:
+        check_whole(wish.config, _NEEDED, wish.source)
+    wish = replace(wish, config=if_its_own(wish.config, state, depth, wish.source))
+    check_whole(wish.config, [key for key in _GIVEN if wish.config.get(key) is not None], wish.source)
     for key, (value, part) in _FIXED.items():
         if wish.config.get(key, value) != value:
             raise UserError(
@@ -55,6 +69,7 @@ def sana_target(state: State, wish: Wish) -> ImportTarget:
             )
     own = own_facts(wish, FAMILY, TEXT_TO_IMAGE)
     options = {**_options(state, wish, own, depth), **wish.options}
+    check_reading(state, options, wish.source)
     backbone = wish.backbone or own.get("backbone") or _public(state)[0]
     attention = _attention(state, wish, own)
     return ImportTarget(backbone, attention, not_default(backbone, options), OPTIONAL, stray=False)

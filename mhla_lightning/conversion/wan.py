@@ -16,7 +16,14 @@ from torch import Tensor
 
 from mhla_lightning.attention import BlockGrid
 from mhla_lightning.backbones import VIDEO_DIFFUSION
-from mhla_lightning.conversion.config_files import CONFIG, check_backbone, if_its_own, not_default, own_facts
+from mhla_lightning.conversion.config_files import (
+    CONFIG,
+    check_backbone,
+    check_reading,
+    if_its_own,
+    not_default,
+    own_facts,
+)
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.adapted import Geometry
 from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish
@@ -24,7 +31,7 @@ from mhla_lightning.weights.wan_names import RELEASE_LAYOUTS
 
 FAMILY = "Wan2.1"
 CLASSES = ("WanModel", "WanTransformer3DModel")
-OPTIONAL = re.compile(r"^blocks\.\d+\.(attn\.(attention|gate|out_norm|lepe)|cpe)\.")
+OPTIONAL = re.compile(r"^blocks\.\d+\.(attn\.(attention|gate|out_norm|lepe)|cross_attn\.mixing|cpe)\.")
 
 _PUBLIC = {1536: ("wan_1_3b", 12), 5120: ("wan_14b", 40)}  # width -> name, heads
 _MIXING = "attention.mixing.weight"
@@ -57,10 +64,11 @@ def wan_target(state: State, wish: Wish) -> ImportTarget:
                 f"no checkpoint of Wan2.1: it has no {name} (by our names), but {', '.join(list(state)[:3])}",
             )
     layers = _layers(state, wish.source)
-    wish = replace(wish, config=if_its_own(wish.config, state, len(layers)))
+    wish = replace(wish, config=if_its_own(wish.config, state, len(layers), wish.source))
     own = own_facts(wish, FAMILY, VIDEO_DIFFUSION)
     _check_heads(state, wish)
     options = {**_options(state, wish, own, len(layers)), **wish.options}
+    check_reading(state, options, wish.source)
     backbone = wish.backbone or own.get("backbone") or _public(state)[0]
     return ImportTarget(
         backbone, _attention(layers, wish, own), not_default(backbone, options), OPTIONAL, stray=False

@@ -14,12 +14,19 @@ if TYPE_CHECKING:
     from mhla_lightning.data.modules.clips import ClipDataModule
     from mhla_lightning.data.modules.images import ImageDataModule
     from mhla_lightning.data.modules.latents import LatentDataModule
-    from mhla_lightning.data.modules.options import ClipConfig, OrderConfig, ReadingConfig, TextConfig
+    from mhla_lightning.data.modules.options import (
+        BucketConfig,
+        ClipConfig,
+        OrderConfig,
+        ReadingConfig,
+        TextConfig,
+    )
     from mhla_lightning.data.modules.tokens import TokenDataModule
     from mhla_lightning.data.transforms import Augmentation
 
 __all__ = [
     "Augmentation",
+    "BucketConfig",
     "CaptionedImageDataModule",
     "ClipConfig",
     "ClipDataModule",
@@ -38,6 +45,7 @@ _WHERE = {
     "ClipDataModule": "mhla_lightning.data.modules.clips",
     "ImageDataModule": "mhla_lightning.data.modules.images",
     "LatentDataModule": "mhla_lightning.data.modules.latents",
+    "BucketConfig": "mhla_lightning.data.modules.options",
     "ClipConfig": "mhla_lightning.data.modules.options",
     "OrderConfig": "mhla_lightning.data.modules.options",
     "ReadingConfig": "mhla_lightning.data.modules.options",

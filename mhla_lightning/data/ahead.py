@@ -28,3 +28,11 @@ class WorksAhead(Protocol):
     def kept_on_host(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return further entries of the moved batch that the step reads on the host."""
         ...
+
+
+@runtime_checkable
+class EvaluatesSizes(Protocol):
+    """A LightningModule that is evaluated at several sizes of samples."""
+
+    eval_sizes: tuple[tuple[int, ...], ...]
+    """Sizes besides the trained one, along each axis."""

@@ -106,6 +106,8 @@ class TextEncoding:
         channels: of a row.
         sha256: of weights and vocabulary; None is unknown in an index, and not compared in a recipe.
         empty: sha256 of the features of the empty text, stored beside the splits.
+        instruction: name of what the encoder reads before every text (encoders/instructions.py); None is
+            nothing.
     """
 
     name: str
@@ -113,6 +115,7 @@ class TextEncoding:
     channels: int
     sha256: str | None = None
     empty: str | None = None
+    instruction: str | None = None
 
     def __post_init__(self) -> None:
         """Raise UserError for sizes below 1."""
@@ -128,14 +131,22 @@ class TextEncoding:
         Their sha256 must agree or, where one is unknown, their names.
         """
         same = self.sha256 == found.sha256 if self.sha256 and found.sha256 else self.name == found.name
-        return same and self.channels == found.channels and self.tokens >= found.tokens
+        alike = (self.channels, self.instruction) == (found.channels, found.instruction)
+        return same and alike and self.tokens >= found.tokens
+
+    def facts(self) -> dict[str, Any]:
+        """Return plain values; without an instruction they are those of versions that knew none."""
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key != "instruction" or self.instruction is not None
+        }
 
     def __str__(self) -> str:
         """Describe it in one line."""
-        return (
-            f"{self.name} ({self.tokens} tokens of {self.channels} "
-            f"channels{f', sha256 {self.sha256[:12]}' if self.sha256 else ''})"
-        )
+        more = f", instruction {self.instruction}" if self.instruction else ""
+        more += f", sha256 {self.sha256[:12]}" if self.sha256 else ""
+        return f"{self.name} ({self.tokens} tokens of {self.channels} channels{more})"
 
 
 @dataclass(frozen=True)
@@ -424,12 +435,19 @@ def _text(content: dict[str, Any]) -> TextEncoding | None:
     found = content.get("text")
     if found is None:
         return None
-    for key, wanted in (("tokens", int), ("channels", int), ("sha256", str), ("empty", str)):
+    for key, wanted in (("tokens", int), ("channels", int)):
         _typed(found, key, wanted)
+    for key in ("sha256", "empty", "instruction"):
+        _typed(found, key, str)
     if min(found["tokens"], found["channels"]) < 1:
         raise ValueError(f"texts of {found['tokens']} tokens of {found['channels']} channels")
     return TextEncoding(
-        str(found["name"]), found["tokens"], found["channels"], found.get("sha256"), found.get("empty")
+        str(found["name"]),
+        found["tokens"],
+        found["channels"],
+        found.get("sha256"),
+        found.get("empty"),
+        found.get("instruction"),
     )
 
 

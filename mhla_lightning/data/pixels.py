@@ -41,6 +41,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_QUARTER_TURNS = (5, 6, 7, 8)
+
 
 class BadImage(Exception):
     """An image that cannot be used; its text is the reason."""
@@ -82,6 +84,13 @@ def check_header(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS) -> None:
     """Raise BadImage for what the header of an image shows: format, pixels, range of values."""
     with _opened(data, formats) as image:
         _demand_range(image.mode, _bits(image))
+
+
+def size_of(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS) -> tuple[int, int]:
+    """Return (height, width) of an encoded image, upright, by its header. Raises BadImage as check_header."""
+    with _opened(data, formats) as image:
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return (image.width, image.height) if turn in _QUARTER_TURNS else (image.height, image.width)
 
 
 def check_sums(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS) -> None:

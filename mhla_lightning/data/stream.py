@@ -199,10 +199,17 @@ class EvalStream(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of this worker."""
-        meter = SkipMeter(self.max_skipped_share)
-        ranges = grouped_eval_ranges(
-            self._groups(), self.batch_size, self.rank, self.world_size, *_this_worker()
+        yield from self.read(self.ranges(*_this_worker()))
+
+    def ranges(self, worker: int = 0, workers: int = 1) -> list[tuple[int, int, int]]:
+        """Return the batches of a worker, as batching.grouped_eval_ranges."""
+        return grouped_eval_ranges(
+            self._groups(), self.batch_size, self.rank, self.world_size, worker, workers
         )
+
+    def read(self, ranges: Sequence[tuple[int, int, int]]) -> Iterator[Batch]:
+        """Yield these batches."""
+        meter = SkipMeter(self.max_skipped_share)
         for number, (group, start, stop) in enumerate(ranges, start=1):
             kind = self.kinds[group] if self.kinds else self.kind
             rows = [self._row(kind, sample, meter) for sample in self.corpus.read(kind, range(start, stop))]
@@ -229,6 +236,30 @@ class EvalStream(IterableDataset[Batch]):
 
     def _padding(self, kind: Kind) -> BatchRow:
         return BatchRow("", -1, 0, 0, 0.0, kind.padding())
+
+
+@dataclass
+class EvalPasses(IterableDataset[Batch]):
+    """Several passes one after another, such as the same images at several sizes.
+
+    Args:
+        passes: of one rank.
+    """
+
+    passes: Sequence[EvalStream]
+
+    @property
+    def batches(self) -> int:
+        """Batches that every rank yields in all passes."""
+        return sum(one.batches for one in self.passes)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of this worker."""
+        worker, workers = _this_worker()
+        before = 0
+        for one in self.passes:
+            yield from one.read(one.ranges((worker - before) % workers, workers))
+            before += one.batches
 
 
 def _with_draws(batch: Batch, draw: Draw | None) -> Batch:

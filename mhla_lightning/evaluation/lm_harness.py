@@ -6,6 +6,7 @@ It measures likelihoods, the perplexity of long texts, and generation with the m
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,13 @@ from torch import Tensor
 
 from mhla_lightning.data.tokenizers import Tokenizer
 from mhla_lightning.errors import UserError, missing_extra, unknown_name
+from mhla_lightning.evaluation.longbench import (
+    LONGBENCH,
+    LONGBENCH_TASKS,
+    MISSING_PACKAGES,
+    average_row,
+    cuts_the_middle,
+)
 from mhla_lightning.inference.text import Sampling
 from mhla_lightning.inference.text.continuation import continue_prompts
 from mhla_lightning.inference.text.engine import pad
@@ -41,6 +49,9 @@ PAPER_TASKS = (
 )
 """Tasks of the paper's zero-shot table of language models (SPEC 5.2)."""
 
+PRESETS = {"paper": PAPER_TASKS, LONGBENCH: LONGBENCH_TASKS}
+"""Name of `--tasks` -> tasks; `longbench` takes the place of the harness's group of 21 tasks."""
+
 _DEFAULT_NEW_TOKENS = 256  # the harness's own
 _GENERATION_KEYS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 log = logging.getLogger(__name__)
@@ -55,9 +66,13 @@ class HarnessLM(TemplateLM):
     Args:
         backbone: a CausalLM in eval mode.
         tokenizer: its tokenizer; a text without context starts after the end-of-document token.
-        max_length: tokens in the model at once, at least 2; a longer context loses its beginning.
+        max_length: tokens in the model at once, at least 2. A longer context loses its beginning, and in
+            LongBench its middle.
         batch_size: rows in the model at once.
         seed: for tasks that sample.
+
+    Attributes:
+        shortened: number of contexts of each task that were too long to be continued whole.
 
     Raises:
         UserError: the tokenizer has no end-of-document token.
@@ -75,6 +90,7 @@ class HarnessLM(TemplateLM):
             )
         self.backbone, self.text_tokenizer = backbone, tokenizer
         self.max_length, self.batch_size, self.seed = max_length, batch_size, seed
+        self.shortened: Counter[str] = Counter()
         self._end = tokenizer.end
         self._device = next(backbone.parameters()).device
 
@@ -159,24 +175,19 @@ class HarnessLM(TemplateLM):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
         texts: dict[int, str] = {}
         for numbers in groups.values():
-            chosen = [requests[number].args for number in numbers]
-            texts |= dict(
-                zip(numbers, self._generate([context for context, _ in chosen], chosen[0][1]), strict=True)
-            )
+            texts |= dict(zip(numbers, self._generate([requests[n] for n in numbers]), strict=True))
         for number, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", request.args, texts[number])
         return [texts[number] for number in range(len(requests))]
 
-    def _generate(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
-        given: dict[str, Any] = dict(normalize_gen_kwargs(settings, _DEFAULT_NEW_TOKENS))
+    def _generate(self, requests: Sequence[Instance]) -> list[str]:
+        """Continue the contexts of requests that have the same settings."""
+        given: dict[str, Any] = dict(normalize_gen_kwargs(requests[0].args[1], _DEFAULT_NEW_TOKENS))
         unknown = sorted(given.keys() - _GENERATION_KEYS)
         if unknown:
             raise UserError("generation_kwargs", unknown_name("key", unknown[0], _GENERATION_KEYS))
         new = min(given["max_gen_toks"], self.max_length - 1)
-        prompts = [
-            maybe_truncate(self.tok_encode(context), new, self.max_length, verbose=False)[0]
-            for context in contexts
-        ]
+        prompts = [self._context(request, new) for request in requests]
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
         texts = [""] * len(prompts)
         for continuation in continue_prompts(
@@ -191,6 +202,14 @@ class HarnessLM(TemplateLM):
         ):
             texts[order[continuation.prompt]] += continuation.text
         return texts
+
+    def _context(self, request: Instance, new: int) -> list[int]:
+        """Return the tokens of a request's context, short enough for `new` further tokens."""
+        tokens = self.tok_encode(request.args[0])
+        side = "middle" if cuts_the_middle(request.task_name) else "left"
+        kept, _ = maybe_truncate(tokens, new, self.max_length, side=side, verbose=False)
+        self.shortened[request.task_name or ""] += len(kept) < len(tokens)
+        return kept
 
     def _sampling(self, given: dict[str, Any]) -> Sampling:
         if not given["do_sample"]:
@@ -223,7 +242,7 @@ def load_tasks(names: Iterable[str], include: str | None = None) -> tuple[TaskMa
     """Load tasks and groups of the harness with their data.
 
     Args:
-        names: of tasks or groups; `paper` means the paper's nine.
+        names: of tasks, groups or PRESETS.
         include: a folder of further task files; None means none.
 
     Returns:
@@ -233,7 +252,7 @@ def load_tasks(names: Iterable[str], include: str | None = None) -> tuple[TaskMa
         UserError: an unknown name, or data that cannot be fetched.
     """
     manager = TaskManager(include_path=include)
-    wanted = [task for name in names for task in (PAPER_TASKS if name == "paper" else (name,))]
+    wanted = [task for name in names for task in PRESETS.get(name, (name,))]
     for name in wanted:
         if name not in manager.task_index:
             raise UserError("tasks", unknown_name("task", name, similar_names(name, manager.all_tasks)))
@@ -243,14 +262,29 @@ def load_tasks(names: Iterable[str], include: str | None = None) -> tuple[TaskMa
         try:
             found = manager.load([name])
         except Exception as error:  # noqa: BLE001  datasets, its builders and the network raise errors of any type
+            if isinstance(error, ImportError) and cuts_the_middle(name):
+                raise UserError("tasks", MISSING_PACKAGES) from error
             reason = (str(error).strip().splitlines() or [""])[0][:200]
             raise UserError(
-                "tasks", f"the data of {name} cannot be loaded ({type(error).__name__}: {reason})"
+                "tasks",
+                f"the data of {name} cannot be loaded ({type(error).__name__}: {reason})"
+                f"{_how_to_get(manager, name)}",
             ) from error
         loaded += (
             [found["groups"][name]] if name in found.get("groups", {}) else list(found["tasks"].values())
         )
     return manager, loaded
+
+
+def _how_to_get(manager: TaskManager, name: str) -> str:
+    """Return how to fetch the data of a task elsewhere; nothing where it names no data set of the hub."""
+    source = (manager.task_index[name].cfg or {}).get("dataset_path")
+    if not isinstance(source, str) or source.count("/") != 1:
+        return ""
+    return (
+        f"; where there is a network: hf download {source} --repo-type dataset --local-dir {source}; then "
+        f"start mhla in the folder that holds {source}"
+    )
 
 
 def similar_names(name: str, names: Iterable[str], limit: int = 8) -> list[str]:
@@ -275,6 +309,8 @@ def run_harness(
     num_fewshot: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run tasks and return {task or group: {metric: value, `samples`: count}}.
+
+    The last row is LongBench's average where all its tasks were run.
 
     Args:
         model: the model.
@@ -305,4 +341,4 @@ def run_harness(
         }
         counts = found.get("n-samples", {}).get(name)
         table[name] = {**metrics, **({"samples": counts["effective"]} if counts else {})}
-    return table
+    return {**table, **average_row(table)}

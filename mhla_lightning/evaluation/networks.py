@@ -17,9 +17,8 @@ from mhla_lightning.data.modules.images import ImageDataModule
 from mhla_lightning.data.transforms import eval_transform
 from mhla_lightning.errors import UserError, missing_extra
 from mhla_lightning.evaluation.image_metrics import FeatureNetwork, ImageFeatures
-from mhla_lightning.inference.rebuilding import rebuild
-from mhla_lightning.inference.weights import FoundRun, find_weights
-from mhla_lightning.runs.folder import find_run, runs_root
+from mhla_lightning.inference.rebuilding import open_run
+from mhla_lightning.inference.weights import FoundRun
 from mhla_lightning.tasks import ClassificationTask
 
 INCEPTION = "inception"
@@ -129,18 +128,13 @@ def find_classifier(run: str, runs: str | None = None) -> ClassifierRun:
     Averaged weights are taken where the checkpoint has them.
 
     Args:
-        run: id or folder.
-        runs: folder of all run folders; None means $MHLA_RUNS, else ./runs.
+        run, runs: see :func:`open_run`.
 
     Raises:
         UserError: no such run, no checkpoint yet, or no image classifier.
     """
-    folder = find_run(run, runs_root(runs))
-    built = rebuild(folder, ClassificationTask, "features come from an image classifier")
-    weights = find_weights(folder, None, True)
-    return ClassifierRun(
-        folder, weights, cast(ClassificationTask, built.task), cast(ImageDataModule, built.data)
-    )
+    opened = open_run(run, ClassificationTask, "features come from an image classifier", runs)
+    return ClassifierRun(opened.folder, opened.weights, opened.task, cast(ImageDataModule, opened.data))
 
 
 class OwnFeatures:

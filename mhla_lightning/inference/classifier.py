@@ -15,10 +15,9 @@ from mhla_lightning.data.pixels import FILE_FORMATS, BadImage, decode
 from mhla_lightning.data.prepare.walking import files_below, visible
 from mhla_lightning.data.transforms import Augmentation, eval_transform
 from mhla_lightning.errors import UserError
-from mhla_lightning.inference.rebuilding import load_backbone, rebuild
-from mhla_lightning.inference.weights import FoundRun, find_weights
+from mhla_lightning.inference.rebuilding import load_backbone, open_run
+from mhla_lightning.inference.weights import FoundRun
 from mhla_lightning.runs.classes import kept_classes
-from mhla_lightning.runs.folder import find_run, runs_root
 from mhla_lightning.tasks import ClassificationTask
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
@@ -74,23 +73,18 @@ def find_classifier(
     """Find a run and its checkpoint, and build the task without weights.
 
     Args:
-        run: id or folder.
-        runs: folder of all run folders; None means $MHLA_RUNS, else ./runs.
-        ckpt: a step or a checkpoint folder; None means the newest.
-        ema: take the averaged weights where the checkpoint has them.
+        run, runs, ckpt, ema: see :func:`open_run`.
 
     Raises:
         UserError: no such run or checkpoint, or it trains no classifier of images.
     """
-    folder = find_run(run, runs_root(runs))
     needed = "predict needs an image classifier"
-    built = rebuild(folder, ClassificationTask, needed)
-    task, data = built.task, built.data
-    if not isinstance(task, ClassificationTask) or not isinstance(data, ImageDataModule):
+    opened = open_run(run, ClassificationTask, needed, runs, ckpt, ema)
+    folder, task, data = opened.folder, opened.task, opened.data
+    if not isinstance(data, ImageDataModule):
         raise UserError(folder.run_id, f"reads its data by {type(data).__name__}; {needed}, ImageDataModule")
-    weights = find_weights(folder, ckpt, ema)
     classes = kept_classes(folder.path, task.num_classes)
-    return ImageClassifierRun(folder, weights, task, data.image_size, data.augmentation, classes)
+    return ImageClassifierRun(folder, opened.weights, task, data.image_size, data.augmentation, classes)
 
 
 def image_files(places: Sequence[str]) -> list[Path]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
@@ -14,9 +15,9 @@ from mhla_lightning.config.recipes import read_run_recipe, read_yaml
 from mhla_lightning.config.resolve import Resolved, resolve
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
-from mhla_lightning.inference.weights import Weights
+from mhla_lightning.inference.weights import Weights, find_weights
 from mhla_lightning.plugins import KEY, load_plugins, locations, named_modules, packages
-from mhla_lightning.runs.folder import RunFolder
+from mhla_lightning.runs.folder import RunFolder, find_run, runs_root
 from mhla_lightning.tasks import Task
 from mhla_lightning.weights.adapted import Geometry
 
@@ -49,6 +50,41 @@ def rebuild(
     arguments = change(dict(model["init_args"]))
     own = {KEY: values[KEY]} if values.get(KEY) else {}
     return resolve({**own, "trainer": {}, "model": {**model, "init_args": arguments}, "data": data})
+
+
+@dataclass(frozen=True)
+class OpenedRun(Generic[Built]):
+    """A run, its weights, and its task and data, which are built without weights and shards."""
+
+    folder: RunFolder
+    weights: Weights
+    task: Built
+    data: ShardDataModule
+
+
+def open_run(
+    run: str,
+    kind: type[Built],
+    needed: str,
+    runs: str | None = None,
+    ckpt: str | None = None,
+    ema: bool = True,
+) -> OpenedRun[Built]:
+    """Find a run and its checkpoint, and build its task and data.
+
+    Args:
+        run: id or folder.
+        kind, needed: see :func:`rebuild`.
+        runs: folder of all run folders; None means $MHLA_RUNS, else ./runs.
+        ckpt: a step or a checkpoint folder; None means the newest.
+        ema: take the averaged weights where the checkpoint has them.
+
+    Raises:
+        UserError: no such run or checkpoint, or see :func:`rebuild`.
+    """
+    folder = find_run(run, runs_root(runs))
+    built = rebuild(folder, kind, needed)
+    return OpenedRun(folder, find_weights(folder, ckpt, ema), cast(Built, built.task), built.data)
 
 
 def trains(folder: RunFolder, kind: type[Task]) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mhla_lightning.attention import CausalSelfAttention, MixingMatrix, SelfAttention
-from mhla_lightning.backbones.layers import CrossAttention
+from mhla_lightning.attention import CausalSelfAttention, MHLACrossAttention, MixingMatrix, SelfAttention
+from mhla_lightning.backbones.text_attention import CrossAttention
 from mhla_lightning.config.length import length
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.data.modules.base import ShardDataModule
@@ -422,6 +422,6 @@ def _by_kind(task: Task) -> dict[str, int]:
 
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "mixing matrices": (MixingMatrix,),
-    "attention": (SelfAttention, CausalSelfAttention, CrossAttention),
+    "attention": (SelfAttention, CausalSelfAttention, CrossAttention, MHLACrossAttention),
 }
 _STACKS = ("blocks", "layers")  # what backbones call their list of layers

@@ -17,7 +17,7 @@ from mhla_lightning.report.comparison import RowReport
 from mhla_lightning.report.events import picture_kind
 from mhla_lightning.report.folder import Curve
 from mhla_lightning.report.run import RunReport
-from mhla_lightning.runs.tags import GROUPS, HEATMAPS, group_of, unit_of
+from mhla_lightning.runs.tags import GROUPS, HEATMAPS, group_of, matrix_titles, unit_of
 
 MOST_POINTS = 1000  # of a curve
 MOST_PICTURES = 12 * 2**20  # bytes of the pictures of a page
@@ -140,11 +140,12 @@ def matrices(runs: Iterable[tuple[int, RunReport]], note: Note) -> list[dict[str
                 "layers": [
                     {
                         "name": name,
+                        "title": title,
                         "rows": shapes[name][0],
                         "columns": shapes[name][1],
                         "values": [_packed(layers[name].get(step), shapes[name], largest) for step in kept],
                     }
-                    for name in names
+                    for name, title in zip(names, matrix_titles(names), strict=True)
                 ],
             }
         )

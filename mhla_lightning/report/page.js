@@ -312,8 +312,8 @@ function drawMatrices(run, place) {
   const read = html("p", { class: "read" }, "Point at a matrix to read a weight.");
   const maps = html("div", { class: "maps" });
   let at = 0;
-  const canvases = run.layers.map((layer, k) => {
-    const canvas = html("canvas", { width: layer.columns, height: layer.rows, role: "img", "aria-label": `layer ${k}` });
+  const canvases = run.layers.map((layer) => {
+    const canvas = html("canvas", { width: layer.columns, height: layer.rows, role: "img", "aria-label": layer.title });
     canvas.style.setProperty("--ratio", `${layer.columns} / ${layer.rows}`);
     canvas.addEventListener("pointermove", (event) => {
       if (layer.values[at] === null) return;
@@ -321,10 +321,10 @@ function drawMatrices(run, place) {
       const row = Math.min(layer.rows - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * layer.rows)));
       const column = Math.min(layer.columns - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * layer.columns)));
       const weight = unpacked(layer.values[at])[row * layer.columns + column] * run.largest;
-      read.textContent = `layer ${k} (${layer.name}): query block ${row}, key block ${column}: ${weight.toFixed(4)}`;
+      read.textContent = `${layer.title} (${layer.name}): query block ${row}, key block ${column}: ${weight.toFixed(4)}`;
     });
     maps.append(
-      html("figure", { title: layer.name }, html("figcaption", {}, `layer ${k}`), html("span", { class: "down" }, "query block"), canvas,
+      html("figure", { title: layer.name }, html("figcaption", {}, layer.title), html("span", { class: "down" }, "query block"), canvas,
         html("span", { class: "across" }, "key block")),
     );
     return canvas;

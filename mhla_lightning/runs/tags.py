@@ -10,6 +10,8 @@ HEATMAPS = "weights/mixing"
 """Begins the tags of the heat maps: TensorBoard sorts groups by name and opens two, train and val."""
 MIXING_VALUES = "mixing_values/"
 """Begins the tags of the mixing matrices as tensors; the layer's name follows."""
+READS_TEXT = ".cross_attn."
+"""In the names of the mixing matrices between tokens and a text."""
 
 ATTENTION = "val_attention/"
 """Begins the tags of callbacks.AttentionCurves, `val_attention/MEASURE/layer_N`: after train and val."""
@@ -129,3 +131,18 @@ def unit_of(tag: str) -> str:
     if tag.startswith(ATTENTION):
         return _ATTENTION_UNITS.get(name.partition("/")[0], name)
     return _UNITS.get(name, _UNITS.get(name.partition("/")[0], name))
+
+
+def matrix_titles(names: Iterable[str], first: int = 0) -> list[str]:
+    """Return titles of mixing matrices: `layer 3`, or `text, layer 3` of the attention to a text.
+
+    Args:
+        names: of their layers, in the order of the layers.
+        first: number of the first layer of either kind.
+    """
+    titles, numbers = [], {False: first, True: first}
+    for name in names:
+        text = READS_TEXT in name
+        titles.append(f"{'text, ' if text else ''}layer {numbers[text]}")
+        numbers[text] += 1
+    return titles

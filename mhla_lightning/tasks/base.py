@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from mhla_lightning.arguments.hints import argument_hints
 from mhla_lightning.arguments.plain import KeepsArguments, plain
 from mhla_lightning.arguments.saved import refuse_hparams
-from mhla_lightning.attention import MixingMatrix
+from mhla_lightning.attention import Attention, MixingMatrix
 from mhla_lightning.backbones import Backbone, build_backbone, described_geometry, timm_geometry
 from mhla_lightning.backbones.activations import Activations, KeepsActivations
 from mhla_lightning.backbones.compiling import Compilation
 from mhla_lightning.backbones.layers import mixing_weights
+from mhla_lightning.backbones.sizes import TakesSizes
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.tasks.batches import (
     LabelChecks,
@@ -45,6 +46,7 @@ from mhla_lightning.tasks.optimization import (
 )
 from mhla_lightning.tasks.projection import PROJECTION, mixing_matrices, project
 from mhla_lightning.tasks.restoring import TASK, load_task
+from mhla_lightning.tasks.sizes import Size, size_name, take_sizes
 from mhla_lightning.tasks.trainers import (
     GathersWeights,
     check_copies,
@@ -99,7 +101,11 @@ class Task(KeepsArguments, pl.LightningModule):
         parameter_count: parameters of the backbone.
         largest_weight: elements of its largest parameter.
         grid: tokens per axis of a sample.
-        flops_per_sample: forward FLOPs of a sample.
+        flops_per_sample: forward FLOPs of a sample, on average where samples have several sizes.
+        eval_sizes: sizes of samples besides the trained one at which validation samples are evaluated.
+        train_sizes: sizes of training samples and the share of each, as the data module tells; empty where
+            all have one.
+        compiled_parts: modules of the backbone that are compiled; empty before it is built.
         warm_start: which weights of `init_from` were copied, are new or were left; None before they are read.
 
     Raises:
@@ -127,6 +133,8 @@ class Task(KeepsArguments, pl.LightningModule):
         self.checkpoint_activations = checkpoint_activations
         self.compilation = Compilation(compile) if isinstance(compile, str) else compile
         self.backbone: nn.Module | None = None
+        self.compiled_parts: list[nn.Module] = []
+        self._gathers_weights = False
         self.warm_start: WarmStart | None = None
         self._gradient_norm: Tensor | None = None
         self._mixing: list[MixingMatrix] | None = None
@@ -136,6 +144,8 @@ class Task(KeepsArguments, pl.LightningModule):
         self._logged_step = 0
         self._lr_changed = False
         self._optimizer_facts: dict[str, Any] = {}
+        self.eval_sizes: tuple[Size, ...] = ()
+        self.train_sizes: dict[Size, float] = {}
         self._source_geometry: Geometry | None = None
         self._source_facts: ModelFacts | None = None
         plan = self._weightless()
@@ -150,6 +160,20 @@ class Task(KeepsArguments, pl.LightningModule):
         self.largest_weight = max(p.numel() for p in plan.parameters())
         self.grid = tuple(cast(Backbone, plan).grid)
         self.flops_per_sample = cast(Backbone, plan).flops(self.grid)
+        self._operators = list(dict.fromkeys(type(m) for m in plan.modules() if isinstance(m, Attention)))
+        if self.train_sizes and isinstance(plan, TakesSizes):
+            of_size = {size: cast(Backbone, plan).flops(plan.tokens_of(size)) for size in self.train_sizes}
+            self.flops_per_sample = round(sum(self.train_sizes[size] * of_size[size] for size in of_size))
+
+    def check_device(self, device: torch.device) -> None:
+        """Check that every operator of `attention` runs on a device.
+
+        Raises:
+            UserError: one does not.
+        """
+        with inside("attention"):
+            for operator in self._operators:
+                operator.check_device(device)
 
     @property
     def waits_for_data(self) -> bool:
@@ -181,7 +205,40 @@ class Task(KeepsArguments, pl.LightningModule):
 
     def _build(self) -> nn.Module:
         with backbone_keys():
-            return build_backbone(self.backbone_name, attention=self.attention, **self.backbone_options)
+            made = build_backbone(self.backbone_name, attention=self.attention, **self.backbone_options)
+        self._let_take(made)
+        return made
+
+    def _let_take(self, backbone: nn.Module) -> None:
+        """Let the backbone take all sizes of the task. Raises UserError."""
+        take_sizes(backbone, self.backbone_name, "eval_sizes", self.eval_sizes, "`model.eval_sizes`")
+        take_sizes(backbone, self.backbone_name, "attention", tuple(self.train_sizes), "the data")
+
+    def take_sizes(self, facts: Mapping[str, Any]) -> None:
+        """Let the model take the sizes of the data's samples, before any stage.
+
+        Args:
+            facts: the data module's facts; `sizes` holds sizes and their shares where batches have several.
+
+        Raises:
+            UserError: sizes that the patch or a layer's blocks cannot take; names all of them.
+        """
+        if not facts.get("sizes"):
+            return
+        self.train_sizes = {tuple(size): share for size, share in facts["sizes"].items()}
+        plan = self._weightless()
+        self._measure(plan)
+        if self.backbone is not None:
+            self._let_take(self.backbone)
+
+    def tag(self, prefix: str, size: Sequence[int]) -> str:
+        """Return the prefix of a size's metrics: `val`, or `val_64` of another than the trained one."""
+        return f"{prefix}_{size_name(size)}" if tuple(size) in self.eval_sizes else prefix
+
+    def tags(self) -> list[str]:
+        """Return the prefixes of all metrics."""
+        sizes: tuple[Size, ...] = ((), *self.eval_sizes)
+        return [self.tag(prefix, size) for prefix in PREFIXES for size in sizes]
 
     def configure_model(self) -> None:
         """Build the backbone, once; Lightning calls this before every fit, validate and test."""
@@ -196,7 +253,7 @@ class Task(KeepsArguments, pl.LightningModule):
         if self.train_only:
             freeze_except(self.backbone, self.train_only)
         if self.compilation is not None:
-            self.compilation.apply(self.backbone)
+            self.compiled_parts = self.compilation.apply(self.backbone, self._gathers_weights)
 
     def start_normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Return mean and std of the images that the weights of `init_from` were trained on.
@@ -207,21 +264,27 @@ class Task(KeepsArguments, pl.LightningModule):
         return None if facts is None else (facts.mean, facts.std)
 
     def setup(self, stage: str) -> None:
-        """Refuse a strategy, an average or data that this task cannot take, before training.
+        """Refuse a strategy, a device, an average or data that this task cannot take, before training.
 
         Lightning calls it. Raises UserError.
         """
         check_strategy(self.trainer)
         check_copies(self.trainer, self.backbone is not None)
         strategy = self.trainer.strategy
+        with inside("model"):
+            self.check_device(strategy.root_device)
         if isinstance(strategy, GathersWeights) and strategy.zero_stage_3:
             self.check_gathered("zero3")
+            self._gathers_weights = True
         data = cast(Any, self.trainer).datamodule
         if self.waits_for_data and isinstance(data, GivesFacts):
             with inside("model"):
                 self.hparams.update(self.take_from_data(data.facts()))
         if stage == "fit" and type(self.optimizer_config) is OptimizerConfig:  # AdamW
             check_precision(self.trainer, self.optimizer_config.eps)
+        if isinstance(data, GivesFacts):
+            with inside("model"):
+                self.take_sizes(data.facts())
         if stage == "fit" and isinstance(data, GivesFacts):
             micro, _ = data.micro_batch(self.trainer.world_size)
             with inside("model"):
@@ -247,15 +310,15 @@ class Task(KeepsArguments, pl.LightningModule):
     def check_gathered(self, strategy: str) -> None:
         """Refuse what does not go together with weights that are gathered around every layer.
 
-        Autograd keeps what a product read, so offloaded activations would keep gathered weights. Dynamo
-        compiles DeepSpeed's hooks around every layer anew in each step: right numbers, and hundreds of
-        compilations.
+        Autograd keeps what a product read, so offloaded activations would keep gathered weights. A backbone
+        that is compiled as one reads all weights at once.
 
         Args:
             strategy: its name, for the error.
 
         Raises:
-            UserError: `checkpoint_activations` offload, or `compile`.
+            UserError: `checkpoint_activations` offload; `compile` whole, or blocks of a backbone that was
+                built before the strategy was known.
         """
         if self.checkpoint_activations == "offload":
             raise UserError(
@@ -263,11 +326,17 @@ class Task(KeepsArguments, pl.LightningModule):
                 f"offload would keep the gathered weights of `trainer.strategy` {strategy}; take blocks or "
                 "attention, or zero2",
             )
-        if self.compilation is not None:
+        if self.compilation is not None and self.compilation.what == "whole":
             raise UserError(
                 "compile",
-                f"`trainer.strategy` {strategy} gathers weights around every layer, which compiles anew in "
-                "each step; take null, or ddp, zero1 or zero2",
+                f"whole would gather all weights at once under `trainer.strategy` {strategy}; take blocks, "
+                "or zero2",
+            )
+        if self.compiled_parts and not self._gathers_weights:
+            raise UserError(
+                "compile",
+                "the backbone was compiled before the trainer's strategy was known; leave its building "
+                f"(configure_model) to the trainer under {strategy}",
             )
 
     def _geometry_of(self, state: WeightState) -> Geometry | None:

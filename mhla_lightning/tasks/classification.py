@@ -14,9 +14,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from mhla_lightning.errors import UserError
 from mhla_lightning.randomness import run_seed
-from mhla_lightning.tasks.base import PREFIXES, Drawing, Task
+from mhla_lightning.tasks.base import Drawing, Task
 from mhla_lightning.tasks.batches import Stage, entry, keys, keys_of, named, real_rows
 from mhla_lightning.tasks.mixup import MIXUP, PairDraws, PairMix
+from mhla_lightning.tasks.sizes import sizes_of
 
 _FEWEST = 2  # classes
 
@@ -47,6 +48,8 @@ class ClassificationTask(Task):
         backbone, attention, backbone_options: see :class:`Task`.
         num_classes: classes of the data; `auto` takes their number from the data module before training.
         loss: None takes the defaults.
+        eval_sizes: sizes of images in pixels, numbers or [height, width], besides the trained one at which
+            validation images are evaluated: `val_64/loss` and so on. None adds none.
         task: further arguments of :class:`Task`: optimizer, schedule, init_from and so on.
 
     Raises:
@@ -60,11 +63,15 @@ class ClassificationTask(Task):
         backbone_options: Mapping[str, Any] | None = None,
         num_classes: int | Literal["auto"] = 1000,
         loss: ClassificationLossConfig | None = None,
+        eval_sizes: list[int | list[int]] | None = None,
         **task: Any,
     ) -> None:
         self._waits = num_classes == "auto"
         known = _FEWEST if isinstance(num_classes, str) else num_classes  # with auto, until the data tell it
         super().__init__(backbone, attention, {**(backbone_options or {}), "num_classes": known}, **task)
+        self.eval_sizes = sizes_of("eval_sizes", eval_sizes, self._image_size())
+        if self.eval_sizes:
+            self._let_take(self._weightless())
         self.loss_config = loss or ClassificationLossConfig()
         self.label_smoothing = self.loss_config.label_smoothing
         self._take_classes(known)
@@ -82,7 +89,7 @@ class ClassificationTask(Task):
                 loss.label_smoothing,
                 num_classes,
             )
-        self.metrics = nn.ModuleDict({prefix: _metrics(num_classes) for prefix in PREFIXES})
+        self.metrics = nn.ModuleDict({tag: _metrics(num_classes) for tag in self.tags()})
 
     @property
     def waits_for_data(self) -> bool:
@@ -122,7 +129,10 @@ class ClassificationTask(Task):
         A prediction needs no labels. Raises UserError where they do not fit this model.
         """
         found = named(batch, ("image", "label"))
-        shape = (None, self.backbone_options.get("in_chans", 3), *self._image_size())
+        images = found.get("image")
+        size = tuple(images.shape[2:]) if isinstance(images, Tensor) else ()
+        size = size if size in (*self.eval_sizes, *self.train_sizes) else self._image_size()
+        shape = (None, self.backbone_options.get("in_chans", 3), *size)
         images = entry(found, "image", shape, "float", "normalised pixels")
         if stage == "predict":
             return found
@@ -152,16 +162,17 @@ class ClassificationTask(Task):
         """
         real = batch["weight"] > 0
         logits, labels = self(batch["image"])[real].float(), batch["label"][real]
-        metrics = cast(dict[str, Metric], self.metrics[prefix])
+        tag = self.tag(prefix, batch["image"].shape[2:])
+        metrics = cast(dict[str, Metric], self.metrics[tag])
         if len(labels):
             metrics["loss"].update(F.cross_entropy(logits, labels), weight=len(labels))
             for accuracy in metrics.keys() - {"loss"}:
                 metrics[accuracy].update(logits, labels)
         for name, metric in metrics.items():
             self.log(
-                f"{prefix}/{name}",
+                f"{tag}/{name}",
                 metric,
-                prog_bar=prefix == "val" and name != "top5",
+                prog_bar=tag == "val" and name != "top5",
                 batch_size=max(1, len(labels)),
             )
 
@@ -193,19 +204,25 @@ class ClassificationTask(Task):
             UserError: no images, another number of classes or pixels, or an odd batch with mixup.
         """
         self._demand_images(facts)
-        num_classes, image_size = facts["classes"], facts["image_size"]
+        num_classes = facts["classes"]
         if num_classes != self.num_classes:
             raise UserError(
                 "num_classes",
                 f"it is {self.num_classes} and the data has {num_classes} classes; set it to {num_classes} "
                 "or auto",
             )
-        if tuple(image_size) != self._image_size():
+        self.take_sizes(facts)
+        self.check_batch(micro_batch)
+
+    def take_sizes(self, facts: Mapping[str, Any]) -> None:
+        """Refuse images of another size than the model's, and let it take those of buckets."""
+        size = facts.get("image_size")
+        if size is not None and tuple(size) != self._image_size():
             raise UserError(
                 "backbone_options.img_size",
-                f"it is {self._image_size()} and `data.image_size` {tuple(image_size)}; they must be equal",
+                f"it is {self._image_size()} and `data.image_size` {tuple(size)}; they must be equal",
             )
-        self.check_batch(micro_batch)
+        super().take_sizes(facts)
 
     def _demand_images(self, facts: Mapping[str, Any]) -> None:
         if facts["kind"] != "images":

@@ -141,12 +141,15 @@ class DiffusionTask(Task):
                 )
             with inside("loss.distill"):
                 self.teacher = Teacher(loss.distill, backbone, self.backbone_options)
-        self.metrics = nn.ModuleDict({prefix: nn.ModuleDict(self._metrics()) for prefix in PREFIXES})
+        self._add_metrics()
         # Sums and counts since the last point in TensorBoard. They are no buffers: DDP would give every rank
         # those of rank 0, and bf16 counts to 256 only.
         self._by_time = {prefix: torch.zeros(2, loss.time_bins) for prefix in ("train", *PREFIXES)}
         self._waiting: Tensor | None = None  # the counts of a checkpoint
         self._counted_step = 0
+
+    def _add_metrics(self) -> None:
+        self.metrics = nn.ModuleDict({tag: nn.ModuleDict(self._metrics()) for tag in self.tags()})
 
     def _metrics(self) -> dict[str, Metric]:
         # "disable" shows NaN instead of leaving it out.
@@ -349,10 +352,10 @@ class DiffusionTask(Task):
         """
         real = batch["weight"] > 0
         losses, times = self._losses(batch, [0] * len(real), "validation", 0.0)
-        metrics = cast(dict[str, Metric], self.metrics[prefix])
+        tag = self.tag(prefix, self.clean(batch).shape[2:])
+        metrics = cast(dict[str, Metric], self.metrics[tag])
         for name, metric in metrics.items():
             metric.update(losses[name][real])
-            self.log(
-                f"{prefix}/{name}", metric, prog_bar=prefix == "val" and name == "loss", batch_size=len(real)
-            )
-        self._count(prefix, losses["loss"][real], times[real])
+            self.log(f"{tag}/{name}", metric, prog_bar=tag == "val" and name == "loss", batch_size=len(real))
+        if tag == prefix:
+            self._count(prefix, losses["loss"][real], times[real])

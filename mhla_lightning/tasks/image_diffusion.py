@@ -18,6 +18,7 @@ from mhla_lightning.errors import UserError, inside
 from mhla_lightning.tasks.batches import Stage, entry, keys, named
 from mhla_lightning.tasks.diffusion import DiffusionLoss, DiffusionTask, check_loss
 from mhla_lightning.tasks.distillation import Distillation
+from mhla_lightning.tasks.sizes import sizes_of
 
 
 @runtime_checkable
@@ -62,6 +63,8 @@ class ImageDiffusionTask(DiffusionTask):
     Args:
         backbone, attention, backbone_options, diffusion: see :class:`DiffusionTask`.
         loss: None takes the defaults.
+        eval_sizes: sizes of samples, numbers or [height, width], besides the trained one at which validation
+            samples are evaluated: `val_64/loss` and so on. None adds none.
         task: further arguments of :class:`Task`: optimizer, schedule, init_from and so on.
 
     Attributes:
@@ -81,6 +84,7 @@ class ImageDiffusionTask(DiffusionTask):
         backbone_options: Mapping[str, Any] | None = None,
         diffusion: str | Mapping[str, Any] = "ddpm",
         loss: ImageDiffusionLossConfig | None = None,
+        eval_sizes: list[int | list[int]] | None = None,
         **task: Any,
     ) -> None:
         if backbone in BACKBONES and "learn_sigma" not in default_options(backbone):
@@ -103,6 +107,9 @@ class ImageDiffusionTask(DiffusionTask):
             raise _not_for_images(backbone)
         self.num_classes = plan.num_classes
         self.sample_shape = (plan.in_channels, *plan.input_size)
+        self.eval_sizes = sizes_of("eval_sizes", eval_sizes, plan.input_size)
+        self._let_take(plan)
+        self._add_metrics()
 
     @property
     def null_label(self) -> int:
@@ -116,7 +123,11 @@ class ImageDiffusionTask(DiffusionTask):
         """
         found = named(batch, ("image", "label"))
         name = next((name for name in self.samples if name in found), "image")
-        clean = entry(found, name, (None, *self.sample_shape), "float", "samples of about unit size")
+        sample = found.get(name)
+        size = tuple(sample.shape[2:]) if isinstance(sample, Tensor) else ()
+        size = size if size in (*self.eval_sizes, *self.train_sizes) else self.sample_shape[1:]
+        shape = (None, self.sample_shape[0], *size)
+        clean = entry(found, name, shape, "float", "samples of about unit size")
         labels = entry(found, "label", (len(clean),), "int64", f"classes from 0 to {self.num_classes - 1}")
         self.label_checks.within(labels, self.num_classes, "backbone_options.num_classes")
         return found
@@ -139,26 +150,34 @@ class ImageDiffusionTask(DiffusionTask):
             UserError: neither images nor latents, another number of channels, another size or number of
                 classes.
         """
-        if facts["kind"] == "latents":
-            shape, key = tuple(facts["vae"].shape), "data.vae.shape"
-        elif facts["kind"] == "images":
-            shape, key = (3, *facts["image_size"]), "data.image_size"
-        else:
+        if facts["kind"] not in ("latents", "images"):
             raise UserError(
                 None, f"image diffusion needs images or latents, and the data holds {facts['kind']}"
             )
-        if shape != self.sample_shape:
-            raise UserError(
-                "backbone_options.input_size",
-                f"the model takes samples of {self.sample_shape}, with `model.backbone_options.in_channels` "
-                f"first, and the data has {shape} (`{key}`); they must be equal",
-            )
+        self.take_sizes(facts)
         if facts["classes"] != self.num_classes:
             raise UserError(
                 "backbone_options.num_classes",
                 f"it is {self.num_classes} and the data has {facts['classes']} classes; set it to "
                 f"{facts['classes']}",
             )
+
+    def take_sizes(self, facts: Mapping[str, Any]) -> None:
+        """Refuse samples of another size than the model's, and let it take those of buckets."""
+        latents = facts["kind"] == "latents"
+        if not latents and facts["kind"] != "images":
+            return
+        shape = tuple(facts["vae"].shape) if latents else (3, *facts["image_size"])
+        if shape != self.sample_shape:
+            key = "data.vae.shape" if latents else "data.image_size"
+            raise UserError(
+                "backbone_options.input_size",
+                f"the model takes samples of {self.sample_shape}, with `model.backbone_options.in_channels` "
+                f"first, and the data has {shape} (`{key}`); they must be equal",
+            )
+        if facts.get("sizes") and self.teacher is not None:
+            raise UserError("loss.distill", "a teacher takes samples of one size, and the data has several")
+        super().take_sizes(facts)
 
 
 def _not_for_images(backbone: str) -> UserError:

@@ -243,6 +243,7 @@ def _train(
     resolved: Resolved, run: RunFolder, options: RunOptions, report: Report, signals: StopSignals
 ) -> Launched:
     from mhla_lightning.checkpoints.whole import newest_whole
+    from mhla_lightning.training.session import check_device
 
     changed = _changes(run, resolved)
     if changed and _first_process() and not options.accept_changes:
@@ -253,6 +254,7 @@ def _train(
         )
     if run.finished() and not changed:
         return Launched(_report_finished(resolved, run, options, report), run)
+    check_device(resolved)
     new, recorded = not run.path.exists(), run.recipe.is_file()
     run.create()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import resource
 import statistics
@@ -373,7 +374,7 @@ class Session:
             },
             "samples_per_second": statistics.median(speeds) if speeds else None,
             "attention": [] if (backbone := self.task.backbone) is None else attention_entries(backbone),
-            "val_samples": sum(split.samples for split in self.data.splits("val")),
+            "val_samples": self._val_samples(),
             "parameters": self.task.parameter_count,
             "flops_per_sample": self.task.flops_per_sample,
             "peak_memory_bytes": peak_memory_bytes(),
@@ -381,6 +382,12 @@ class Session:
             "steps": self.trainer.global_step,
             "seconds": round(self.progress.seconds, 3),
         }
+
+    def _val_samples(self) -> int:
+        """Return how many samples a validation reads; `limit_val_batches` may leave some out."""
+        every = sum(split.samples for split in self.data.splits("val"))
+        batches = next(iter(self.trainer.num_val_batches), math.inf)
+        return int(min(every, batches * self.data.batch_size))
 
 
 def _listed(value: Any) -> list[Any]:
@@ -426,6 +433,16 @@ def check_split_weights(task: Task, strategy: Any) -> None:
     """
     if is_zero(strategy) and zero_config(strategy)["zero_optimization"]["stage"] == 3:
         task.check_gathered(str(strategy_name(strategy)))
+
+
+def check_device(recipe: Resolved) -> None:
+    """Refuse operators that cannot run on the device of the run, before data is made or read.
+
+    Raises:
+        UserError: such an operator.
+    """
+    with inside("model"):
+        recipe.task.check_device(torch.device("cpu" if _on_cpu(recipe.trainer) else "cuda"))
 
 
 def check_float16(arguments: Mapping[str, Any]) -> None:

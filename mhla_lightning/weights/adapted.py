@@ -28,26 +28,35 @@ class Geometry:
     Attributes:
         grid: tokens per axis; None where it is unknown.
         blocks: the partition that each mixing matrix mixes, by the matrix's name; of a causal model one axis.
+            Of a matrix between two sequences that of the queries.
+        keys: of a matrix between two sequences the partition of the keys.
         told: whether the caller has given the grid, so that positions that contradict it are a mistake.
     """
 
     grid: tuple[int, ...] | None = None
     blocks: Mapping[str, BlockGrid] = field(default_factory=dict)
     told: bool = False
+    keys: Mapping[str, BlockGrid] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """Return lists and numbers alone, which every file of weights can hold."""
-        blocks = {name: [list(made.grid), list(made.block_size)] for name, made in self.blocks.items()}
-        return {"grid": None if self.grid is None else list(self.grid), "blocks": blocks}
+        grid = None if self.grid is None else list(self.grid)
+        keys = {"keys": _plain(self.keys)} if self.keys else {}
+        return {"grid": grid, "blocks": _plain(self.blocks), **keys}
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Geometry:
         """Return what :meth:`plain` has written."""
         grid = plain["grid"]
-        blocks = {
-            name: BlockGrid(tokens, block_size=size) for name, (tokens, size) in plain["blocks"].items()
-        }
-        return cls(None if grid is None else tuple(grid), blocks)
+        blocks, keys = (
+            {name: BlockGrid(tokens, block_size=size) for name, (tokens, size) in found.items()}
+            for found in (plain["blocks"], plain.get("keys", {}))
+        )
+        return cls(None if grid is None else tuple(grid), blocks, keys=keys)
+
+
+def _plain(blocks: Mapping[str, BlockGrid]) -> dict[str, list[list[int]]]:
+    return {name: [list(made.grid), list(made.block_size)] for name, made in blocks.items()}
 
 
 def note_geometry(module: Any, state: Any, prefix: str, metadata: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ OPERATORS: list[dict[str, Any]] = [
     RELATIVE | {"decay": "token", "decay_span": "sequence"},
     SHIFT | {"intra": "window"},
     RELATIVE | {"intra": "window", "decay": "token", "decay_span": "sequence"},
+    {"name": "deltanet", "chunk_size": 8},
 ]
 
 
@@ -82,6 +83,8 @@ def inputs(
     }
     if operator.token_decay:
         made["log_decay"] = -torch.rand(batch, tokens, HEADS, dtype=dtype, generator=generator)
+    if operator.token_beta:
+        made["beta"] = torch.rand(batch, tokens, HEADS, dtype=dtype, generator=generator)
     return {name: x.requires_grad_() for name, x in made.items()}
 
 
@@ -198,7 +201,7 @@ def test_no_token_sees_a_later_one(entry: dict[str, Any]) -> None:
         for t in (0, 7, 8, 20, 29):
             moved = {name: value.clone() for name, value in x.items()}
             for name in moved:
-                moved[name][:, t] = moved[name][:, t] * 3 - (0 if name == "log_decay" else 1)
+                moved[name][:, t] = moved[name][:, t] * 3 - (0 if name in ("log_decay", "beta") else 1)
             other = operator(**moved)
             assert torch.equal(other[:, :t], out[:, :t])
             assert not torch.equal(other[:, t:], out[:, t:])
@@ -251,7 +254,7 @@ def test_no_token_sees_another_document(entry: dict[str, Any]) -> None:
         for t in (0, 10, 11, 12, 13, 29):
             moved = {name: value.clone() for name, value in x.items()}
             for name in moved:
-                moved[name][0, t] = moved[name][0, t] * 1e3 - (0 if name == "log_decay" else 1)
+                moved[name][0, t] = moved[name][0, t] * 1e3 - (0 if name in ("log_decay", "beta") else 1)
             other = operator(**moved, documents=documents)
             unchanged = documents[0] != documents[0, t]
             assert torch.equal(other[0, unchanged], out[0, unchanged])
@@ -361,8 +364,14 @@ def test_bf16_autocast_is_summed_in_float32(entry: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("entry", "kept"),
-    [(SHIFT, 2), (RELATIVE, 2), (MHLA | {"max_chunks": 100}, 14), ({"name": "linear", "chunk_size": 8}, 0)],
-    ids=["shift", "relative", "all", "linear"],
+    [
+        (SHIFT, 2),
+        (RELATIVE, 2),
+        (MHLA | {"max_chunks": 100}, 14),
+        ({"name": "linear", "chunk_size": 8}, 0),
+        ({"name": "deltanet", "chunk_size": 8}, 0),
+    ],
+    ids=["shift", "relative", "all", "linear", "deltanet"],
 )
 def test_the_state_stops_growing(entry: dict[str, Any], kept: int) -> None:
     """At most max_chunks summaries a head, with the current chunk and one mixed prefix (and one merged
@@ -438,7 +447,9 @@ def test_text_beyond_the_matrix_is_refused_at_once_and_while_streaming() -> None
             operator.step(**cut(x, 40, 41), state=state)
 
 
-@pytest.mark.parametrize("entry", [MHLA, {"name": "linear", "chunk_size": 8}, {"name": "softmax"}], ids=label)
+@pytest.mark.parametrize(
+    "entry", [MHLA, {"name": "linear", "chunk_size": 8}, {"name": "softmax"}, {"name": "deltanet"}], ids=label
+)
 def test_a_state_of_packed_documents_is_refused(entry: dict[str, Any]) -> None:
     operator = build(entry)
     with refused("documents"):

@@ -143,12 +143,12 @@ def test_the_layer_equals_its_projections_around_the_dense_matrix(options: dict[
     mask = padded(3, 11)
     out = made(x, text, mask=mask)
     q = x @ made.q.weight.T + made.q.bias
-    k, v = (text @ made.kv.weight.T + made.kv.bias).split(12, -1)
+    k, v = (text @ part.weight.T + part.bias for part in (made.k, made.v))
     if options.get("qk_norm"):
-        assert isinstance(made.q_norm, RMSNorm)
-        assert isinstance(made.k_norm, RMSNorm)
-        q = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * made.q_norm.weight
-        k = k * (k.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * made.k_norm.weight
+        assert isinstance(made.norm_q, RMSNorm)
+        assert isinstance(made.norm_k, RMSNorm)
+        q = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * made.norm_q.weight
+        k = k * (k.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * made.norm_k.weight
     q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in (q, k, v))
     read = dense_cross_mhla(
         torch.where(q > 0, q + 1, q.exp()),
@@ -161,7 +161,7 @@ def test_the_layer_equals_its_projections_around_the_dense_matrix(options: dict[
         eps=1e-6,
         mask=mask,
     )
-    dense = read.transpose(1, 2).flatten(2) @ made.proj.weight.T + made.proj.bias
+    dense = read.transpose(1, 2).flatten(2) @ made.o.weight.T + made.o.bias
     torch.testing.assert_close(out, dense, rtol=1e-9, atol=1e-10)
     wanted, cotangent = [x, text, *made.parameters()], drawn(*out.shape, seed=2, low=-0.5)
     for found, expected in zip(
@@ -176,7 +176,7 @@ def test_padded_keys_count_nowhere() -> None:
     made, x, text, mask = layer(), drawn(3, 35, 12), drawn(3, 11, 20, seed=1), padded(3, 11)
     loud = torch.where(mask[..., None], text, 50.0)
     torch.testing.assert_close(made(x, text, mask=mask), made(x, loud, mask=mask))
-    torch.testing.assert_close(made(x, text, mask=mask)[-1], made.proj.bias.expand(35, -1))
+    torch.testing.assert_close(made(x, text, mask=mask)[-1], made.o.bias.expand(35, -1))
 
 
 @pytest.mark.parametrize("normalizer", CROSS_NORMALIZERS)

@@ -9,6 +9,7 @@ from torch import Tensor
 from mhla_lightning.attention.mhla import dense, fused
 from mhla_lightning.attention.mhla.bidirectional import ReluMHLA
 from mhla_lightning.attention.mhla.grid import BlockGrid
+from tests.helpers.compiler import needs_a_compiler
 
 CASES = {
     "even": ((8, 8), (4, 4), 3, (8, 6), False),
@@ -57,8 +58,11 @@ def test_it_equals_the_plain_form_with_all_gradients(
         assert _off(mine, right) <= 1e-13
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_float32_is_as_near_to_float64_as_the_plain_form_is(case: str) -> None:
+def test_float32_is_as_near_to_float64_as_the_plain_form_is(case: str, compiled: bool) -> None:
+    if compiled:
+        needs_a_compiler()
     grid, inputs, grad = _inputs(case, torch.float64)
     exact = ReluMHLA(grid, 0.0, True, 1e-6, torch.float64).plain(*inputs)
     gradients = torch.autograd.grad(exact, inputs, grad)
@@ -66,7 +70,10 @@ def test_float32_is_as_near_to_float64_as_the_plain_form_is(case: str) -> None:
     singles = (q, k, v, mixing)
     settings = ReluMHLA(grid, 0.0, True, 1e-6, torch.float32)
     errors = []
-    for form in (dense.dense_on_cpu(*singles, settings), settings.plain(*singles)):
+    for form in (
+        dense.dense_on_cpu(*singles, settings, compiled=compiled),
+        settings.plain(*singles),
+    ):
         results = [form, *torch.autograd.grad(form, singles, grad.float())]
         pairs = zip(results, [exact, *gradients], strict=True)
         errors.append([_off(mine, right) for mine, right in pairs])
@@ -99,7 +106,7 @@ def test_it_is_taken_where_it_is_cheaper(
 ) -> None:
     grid, taken = BlockGrid(size, blocks), []
     q = torch.zeros(1, grid.tokens, 1, 64)
-    monkeypatch.setattr(fused, "dense_on_cpu", lambda *_: taken.append(True))
+    monkeypatch.setattr(fused, "dense_on_cpu", lambda *_, **__: taken.append(True))
     fused.fused_mhla(q, q, q, torch.ones((grid.num_blocks,) * 2), grid, offset=0.0, dtype=torch.float32)
     assert bool(taken) == expected
 

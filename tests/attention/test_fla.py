@@ -338,7 +338,6 @@ def test_batches_may_be_forgotten_while_a_layer_compiles() -> None:
     assert 0 < len(batches) < 1000
 
 
-@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("preset", LANGUAGE_PRESETS)
 @every_operator
 def test_it_builds_on_the_meta_device_with_as_many_parameters_as_mhla(name: str, preset: str) -> None:
@@ -350,7 +349,6 @@ def test_it_builds_on_the_meta_device_with_as_many_parameters_as_mhla(name: str,
     assert {layer.attn.rotary for layer in model.layers} == {False}  # type: ignore[union-attr]
 
 
-@pytest.mark.usefixtures("installed")
 @every_operator
 def test_flops_are_those_of_linear_attention_and_more_for_the_delta_rule(name: str) -> None:
     linear = CausalLinear(heads=4, dim_k=64, dim_v=128, chunk_size=64).flops(200, 4, 64, 128)
@@ -359,10 +357,19 @@ def test_flops_are_those_of_linear_attention_and_more_for_the_delta_rule(name: s
 
 
 @every_operator
-def test_without_the_package_nothing_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_missing_is_named_before_a_run(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator is built, so that `mhla plan` counts it; nothing else works."""
     monkeypatch.setattr(fla, "find_spec", lambda name: None)
+    operator = build(name)
+    with refused("name") as error:
+        operator.check_device(torch.device(device))
+    assert "mhla-lightning[fla]" in str(error.value)
+    assert ("CUDA device" in str(error.value)) == (device == "cpu")
     with refused("name"):
-        build(name)
+        fla.load_kernels(KERNELS[name], name, torch.device(device))
 
 
 @pytest.mark.usefixtures("installed")
@@ -372,6 +379,21 @@ def test_without_a_cuda_device_the_first_forward_says_what_to_take(name: str) ->
     for call in (layer, layer.prefill, lambda x: layer.step(x, layer.init_state(1))):
         with refused("name"):
             call(torch.randn(1, 1, 32))
+    build(name).check_device(torch.device("cuda"))
+
+
+@every_operator
+def test_shapes_on_the_meta_device_are_those_of_the_recurrence(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mhla plan` and the check of a recipe run the model there, without the package."""
+    monkeypatch.setattr(fla, "find_spec", lambda name: None)
+    operator, x = build(name), {key: value.detach().to("meta") for key, value in inputs(name, 7).items()}
+    out, state = operator.prefill(**x)
+    assert out.shape == operator(**x).shape == (2, 7, HEADS, DIM_V)
+    out, state = operator.step(**cut(x, 0, 1), state=state)
+    assert out.shape == (2, 1, HEADS, DIM_V)
+    assert state.bytes == 2 * HEADS * DIM_K * DIM_V * 8
 
 
 @pytest.mark.usefixtures("on_cpu")

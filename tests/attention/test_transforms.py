@@ -33,6 +33,7 @@ CAUSAL: list[dict[str, Any]] = [
     {"name": "mhla", "mix_form": "relative", "mix_per_head": True},
     {"name": "mhla", "decay": "token"},
     {"name": "linear"},
+    {"name": "deltanet"},
 ]
 
 

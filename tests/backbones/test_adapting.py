@@ -16,8 +16,8 @@ from torch import Tensor
 from mhla_lightning.attention import BlockGrid
 from mhla_lightning.attention.mhla.relative import average_by_offset, offset_deviation
 from mhla_lightning.backbones import build_backbone
-from mhla_lightning.backbones.adapting import resampled_mixing
 from mhla_lightning.backbones.layers import grid_sinusoid
+from mhla_lightning.backbones.resampling import resampled_mixing
 from mhla_lightning.weights.adapted import DoubtfulWeights
 from tests.helpers.errors import refused
 

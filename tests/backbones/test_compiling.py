@@ -287,3 +287,36 @@ def test_weights_and_small_tensors_stay_where_they_are() -> None:
         assert not hooks.moves(torch.empty(512, 256, dtype=torch.bfloat16))  # a copy under autocast
         assert not hooks.moves(torch.empty(256, 512))
     assert not hooks.moves(torch.empty(64, 300, 256))  # on a CPU nothing moves
+
+
+def test_hooks_that_gather_weights_stay_outside_of_compiled_blocks() -> None:
+    """As under ZeRO-3: the weights of a block are there only while it runs."""
+    torch.manual_seed(0)
+    model = build_backbone("deit_tiny", attention="mhla", img_size=16, patch_size=8, embed_dim=48, depth=3)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model.eval()(images)
+        parts = Compilation("blocks", backend="aot_eager").apply(model, gathered=True)
+        assert parts == list(cast(Any, model).blocks)
+        gathered: list[int] = []
+        for number, part in enumerate(parts):
+            kept = {weight: weight.data for weight in part.parameters()}
+
+            def gather(*_: Any, number: int = number, kept: dict[nn.Parameter, Tensor] = kept) -> None:
+                gathered.append(number)
+                for weight, data in kept.items():
+                    weight.data = data
+
+            def release(*_: Any, kept: dict[nn.Parameter, Tensor] = kept) -> None:
+                for weight in kept:
+                    weight.data = torch.empty(0)
+
+            release()
+            part.register_forward_pre_hook(gather)
+            part.register_forward_hook(release)
+        with compiled_counts() as counts:
+            outputs = [model(images) for _ in range(3)]
+    assert gathered == [0, 1, 2] * 3
+    assert counts.graphs == 1
+    assert counts.breaks == {}
+    assert all(torch.allclose(output, expected, atol=1e-6) for output in outputs)

@@ -29,6 +29,7 @@ ENTRIES: dict[str, Any] = {
     "softmax": "softmax",
     "linear": LINEAR,
     "mhla": MHLA,
+    "deltanet": {"name": "deltanet", "chunk_size": 8},
     "hybrid": ["softmax", MHLA],
     "shift": MHLA | {"max_chunks": 2, "extrapolation": "shift"},
     "relative, token decay": MHLA | {"mix_form": "relative", "decay": "token", "decay_span": "sequence"},

@@ -13,11 +13,14 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+from mhla_lightning.attention.mhla.triton import choice
+from mhla_lightning.attention.mhla.triton.launch import recorded
 from mhla_lightning.bench import decode_speed, kernel_times, timing
 from mhla_lightning.bench.kernel_launches import A100, H100, H200, OperatorCase, modelled_gpu
 from mhla_lightning.bench.timing import Case, GpuClock, make_case, take_turns
 from mhla_lightning.cli.bench import on_gpu
 from mhla_lightning.cli.main import main
+from mhla_lightning.inference.text import Sampling
 from tests.helpers.pretended_gpu import pretended_gpu
 
 GPU = torch.device("cuda", 0)
@@ -185,17 +188,30 @@ def test_kernels_are_measured_beside_the_model(gpu: Gpu, monkeypatch: pytest.Mon
     assert len(named) == 2 * 2 * 6
 
 
-def test_decoding_tries_a_graph_and_keeps_its_state(gpu: Gpu) -> None:
+def test_decoding_tries_a_graph_and_keeps_its_state(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     model = decode_speed.build_model(
         {"name": "mhla", "max_chunks": 4},
         {"depth": 1, "embed_dim": 64, "vocab_size": 32},
         torch.device("cpu"),
-    ).to(GPU)
-    (place,) = decode_speed.decode_at("mhla", model, [5], batch=1, tokens=2, turns=2)
+    ).to(GPU, torch.bfloat16)
+
+    def measured() -> decode_speed.DecodePoint:
+        return decode_speed.decode_at("mhla", model, [5], batch=1, tokens=2, turns=2)[0]
+
+    place = measured()  # this GPU has no kernel for a token
+    assert place.graph is not None
+    assert place.graph[0].startswith("eagerly; no CUDA graph: layer 0 (mhla): its single tokens run on torch")
+    assert place.graph[1] is None
+    monkeypatch.setattr(choice, "machine_obstacle", lambda q: None)
+    monkeypatch.setattr(Sampling, "check", lambda self, chosen: None)  # kernels are only noted
+    with recorded():
+        place = measured()
     assert place.graph == ("as a CUDA graph", MILLISECONDS / 1e3)
     assert place.seconds == [MILLISECONDS / 1e3] * 2
     gpu.fails = RuntimeError("it waits for the host")
-    (place,) = decode_speed.decode_at("mhla", model, [5], batch=1, tokens=2, turns=2)
+    with recorded():
+        place = measured()
     assert place.graph == ("eagerly; no CUDA graph: it waits for the host", None)
     assert place.row()["graph_seconds_per_token"] is None
 

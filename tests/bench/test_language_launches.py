@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhla_lightning.attention.mhla.decode import init_state
+from mhla_lightning.attention.mhla.decode import init_state, make_room
 from mhla_lightning.attention.mhla.rule import CausalRule
 from mhla_lightning.attention.mhla.triton.launch import Launch, recorded
 from mhla_lightning.bench.kernel_launches import operator_times
@@ -57,7 +57,7 @@ def launch(
         decays=span is not None,
         device="meta",
     )
-    state.complete()
+    make_room(state, state.reach.kept)
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -100,6 +100,23 @@ def test_every_packaged_cpu_recipe_trains_as_a_run(
     door_and_run(recipe, tmp_path / "runs", SHORT | own)
 
 
+@pytest.mark.slow  # seconds for each model of 341M parameters, without weights
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU these recipes need their data")
+@pytest.mark.parametrize("name", ["gla", "gated_deltanet", "mamba2"])
+def test_a_recipe_for_cuda_is_refused_on_a_cpu(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = f"language/lm_340m_{name}_fineweb_edu"
+    for train in (
+        lambda: RecipeCLI(["fit", "--config", recipe, "--runs", "runs"]),
+        lambda: launch(recipe, {}, RunOptions("runs")),
+    ):
+        with refused("model.attention.name"):
+            train()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_recipe_is_read_as_by_a_run(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

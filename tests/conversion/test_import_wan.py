@@ -16,10 +16,12 @@ from torch import Tensor
 from mhla_lightning.attention import MHLA
 from mhla_lightning.backbones import BACKBONES, VideoDiT, build_backbone
 from mhla_lightning.cli.main import main
+from mhla_lightning.conversion.export import TrainedModel, plan_export
 from mhla_lightning.conversion.wan import cycle
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.files import read_tensors
 from mhla_lightning.weights.wan_names import added, from_wan, needed, to_diffusers, to_wan
+from tests.helpers.errors import refused
 from tests.helpers.oracles import ORACLES
 from tests.helpers.wan_checkpoints import (
     ALL_OPTIONS,
@@ -235,6 +237,27 @@ def test_tensors_of_mhla_are_listed_as_new(tmp_path: Path) -> None:
     assert set(result["copied"]) == set(from_wan(plain_wan()))
     assert len({tuple(entry["blocks"]) for entry in result["model"]["attention"][1:]}) == 1
     assert model.blocks[1].get_submodule("attn.attention.mixing").weight.shape == (12, 12)
+
+
+def test_a_text_that_mhla_reads_starts_from_the_softmax_of_the_file(tmp_path: Path) -> None:
+    save_file(plain_wan(), tmp_path / "wan.safetensors")
+    options = OPTIONS | {"cross_attention": {"name": "mhla", "blocks": [1, 2, 2], "context_blocks": 2}}
+    result, model = imported(tmp_path / "wan.safetensors", "--heads", str(HEADS), options=options)
+    layers = len(model.blocks)
+    assert result["created"] == [f"blocks.{i}.cross_attn.mixing.weight" for i in range(layers)]
+    assert result["left"] == []
+    model(*some_input())
+    trained = TrainedModel(
+        model.state_dict(),
+        "wan_1_3b",
+        result["model"]["attention"],
+        result["model"]["backbone_options"],
+        "it",
+    )
+    for name in ("diffusers", "wan"):
+        with refused("format"):
+            plan_export(trained, name)
+    assert plan_export(trained, "plain").added == []
 
 
 def test_tensors_that_softmax_lacks_are_listed_as_left_over(tmp_path: Path) -> None:

@@ -36,8 +36,10 @@ def their_state(folder: Path) -> dict[str, Tensor]:
 
 
 def change_config(folder: Path, **values: Any) -> None:
+    """Change values of config.json; `...` removes a key."""
     path = folder / "transformer" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    changed = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}))
 
 
 def imported(source: Path, *arguments: str) -> tuple[dict[str, Any], Any]:
@@ -76,6 +78,30 @@ def test_mhla_can_begin_as_the_linear_attention_of_the_file(sana: Path) -> None:
     torch.testing.assert_close(model(x, t, text, mask), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_text_that_mhla_reads_starts_from_the_softmax_of_the_file(
+    sana: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its projections are taken, its mixing is new, one line counts both, and diffusers cannot hold it."""
+    options = "{input_size: [8, 12], text_length: 6, cross_attention: {name: mhla, blocks: [2, 3]}}"
+    result, model = imported(sana, "--backbone-options", options)
+    assert result["created"] == [f"blocks.{i}.cross_attn.mixing.weight" for i in range(2)]
+    assert result["left"] == []
+    assert " tensors copied, 2 new in ours, 0 left over" in capsys.readouterr().out
+    assert model(*texts(model)).shape == (2, 3, 8, 12)
+    file = str(sana.parent / "ours.safetensors")
+    trained = TrainedModel(
+        model.state_dict(), "sana_600m", "linear", result["model"]["backbone_options"], "it"
+    )
+    with refused("format"):
+        plan_export(trained)
+    assert main(["export", file, "--to", str(sana.parent / "plain.safetensors")]) == 0
+    again = ["import", "sana", str(sana.parent / "plain.safetensors"), "--out", file, "--attention", "linear"]
+    again += ["--heads", "3", "--backbone-options", "{cross_heads: 2}"]
+    capsys.readouterr()
+    assert main(again) == 2  # nothing in the file names the blocks of its mixing
+    assert "cross_attn.mixing.weight" in capsys.readouterr().err
+
+
 def test_the_convolution_is_left_over_where_it_is_dropped(sana: Path) -> None:
     result, _ = imported(sana, "--backbone-options", "{ffn_conv: false}")
     names = [f"blocks.{i}.ffn.depthwise.conv.{leaf}" for i in range(2) for leaf in ("weight", "bias")]
@@ -110,6 +136,11 @@ def test_a_config_of_another_model_is_not_believed(sana: Path) -> None:
         ({"timestep_scale": 0.001}, ["timestep_scale"]),
         ({"_mhla_lightning": {"backbone": "wan_tiny"}}, ["wan_tiny", "sana_600m, sana_1600m, sana_tiny"]),
         ({"_mhla_lightning": {"backbone": 3}}, ["_mhla_lightning"]),
+        ({"num_attention_heads": None}, ["num_attention_heads is None"]),
+        ({"num_layers": ...}, ["num_layers is missing"]),
+        ({"attention_head_dim": 8.0}, ["attention_head_dim is 8.0"]),
+        ({"num_cross_attention_heads": "2"}, ["num_cross_attention_heads is '2'"]),
+        ({"sample_size": 10**9}, ["sample_size is 1000000000"]),
     ],
     ids=str,
 )

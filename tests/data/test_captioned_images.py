@@ -83,6 +83,16 @@ def test_batches_hold_pixels_and_text_of_the_same_sample(root: Path) -> None:
     assert data.null_text().abs().sum() > 0
 
 
+def test_captions_need_no_classes(root: Path, tmp_path: Path) -> None:
+    bare = write_captioned(tmp_path / "bare", labels=False)
+    data = module(bare, batch_size=8)
+    data.check(1)
+    assert data.facts()["classes"] == 0
+    ((one,), (other,)) = (list(found.val_dataloader()) for found in (data, module(root, batch_size=8)))
+    assert torch.equal(one["image"], other["image"])
+    assert torch.equal(one["text"], other["text"])
+
+
 def test_other_encoders_and_images_without_captions_are_refused(root: Path, tmp_path: Path) -> None:
     with refused("text_encoder.name"):
         module(root, text_encoder=TextEncoding("google/umt5-xxl", 6, 8))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import html
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mhla_lightning.data.encoders.instructions import instruction_text
 from mhla_lightning.data.encoders.text_encoders import TextEncoding, clean, load_text_encoder, pad_rows
 from mhla_lightning.data.modules.text import TextConditioned
 from tests.helpers.errors import refused
@@ -123,6 +125,54 @@ def test_gemma2_is_that_of_sana_s_pipeline(tmp_path: Path) -> None:
     assert encoder.encoding.sha256 != load_text_encoder(save_gemma2(tmp_path / "other", 1)).encoding.sha256
     with refused("texts"):
         load_text_encoder(TextEncoding(folder, 5, 24)).encode(["a red cat"])
+
+
+@torch.no_grad()
+def test_an_instruction_is_read_as_sana_s_pipeline_reads_it(tmp_path: Path) -> None:
+    """The rows that the pipeline selects: the first, then from the instruction's last token on."""
+    diffusers = pytest.importorskip("diffusers")
+    from transformers import AutoTokenizer, Gemma2Model
+
+    folder = save_gemma2(tmp_path / "sana")
+    plain = TextEncoding(folder, 32, 24)
+    encoder = load_text_encoder(replace(plain, instruction="sana"))
+    pipeline = diffusers.SanaPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(f"{folder}/tokenizer"),
+        text_encoder=Gemma2Model.from_pretrained(f"{folder}/text_encoder").eval(),
+        vae=None,
+        transformer=None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+    texts = ["A red cat", "dogs run over the hill"]
+    instruction = instruction_text("sana").split("\n")
+    direct, kept, none, none_kept = pipeline.encode_prompt(
+        texts, max_sequence_length=32, complex_human_instruction=instruction
+    )
+    for rows, its, mask in zip(encoder.encode(texts), direct, kept, strict=True):
+        assert len(rows) == int(mask.sum())
+        torch.testing.assert_close(rows, its[: len(rows)], atol=1e-5, rtol=1e-5)
+    (empty,) = encoder.encode([""])
+    torch.testing.assert_close(empty, none[0, : int(none_kept[0].sum())], atol=1e-5, rtol=1e-5)
+    assert not torch.equal(encoder.encode(texts)[0][2:4], load_text_encoder(plain).encode(texts)[0][1:3])
+    assert encoder.encoding.sha256 != load_text_encoder(plain).encoding.sha256
+    assert load_text_encoder(folder, instruction="sana").encoding == replace(encoder.encoding, tokens=300)
+    with refused("text_encoder.instruction"):
+        load_text_encoder(replace(plain, instruction="polite"))
+    with refused("texts"):
+        load_text_encoder(TextEncoding(folder, 5, 24, instruction="sana")).encode(["a red cat"])
+
+
+def test_other_encoders_read_no_instruction(umt5: str) -> None:
+    for name in (umt5, "words:8"):
+        with refused("text_encoder.instruction"):
+            load_text_encoder(name, instruction="sana")
+
+
+def test_an_encoding_without_an_instruction_has_the_facts_of_earlier_versions() -> None:
+    """Settings of stopped jobs and names of kept features are made of them."""
+    assert list(WORDS.facts()) == ["name", "tokens", "channels", "sha256", "empty"]
+    assert replace(WORDS, instruction="sana").facts()["instruction"] == "sana"
+    assert not WORDS.fits(replace(WORDS, instruction="sana"))
 
 
 def test_features_do_not_depend_on_what_else_is_encoded(umt5: str) -> None:

@@ -14,6 +14,7 @@ DIM, TOKENS = 32, 40
 SMALL: dict[str, dict[str, Any]] = {
     "softmax": {},
     "linear": {"chunk_size": 8},
+    "deltanet": {"chunk_size": 8},
     "mhla": {"chunk_size": 8, "max_chunks": 6},
 }
 

@@ -13,15 +13,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mhla_lightning.attention import CausalAttention
+from mhla_lightning.attention.baselines.causal_deltanet import DeltaNet
 from mhla_lightning.attention.baselines.causal_linear import CausalLinear
 from mhla_lightning.attention.baselines.causal_softmax import CausalSoftmax
 from mhla_lightning.attention.mhla import CausalMHLA
 
 
 def dense(
-    operator: CausalAttention, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
+    operator: CausalAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
 ) -> Tensor:
     """(batch, tokens, heads, dim) of one document a row -> (batch, tokens, heads, dim_v)."""
+    if isinstance(operator, DeltaNet):
+        assert beta is not None
+        return _delta(q, k, v, beta)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     decay = None if log_decay is None else log_decay.transpose(1, 2)
     forms: dict[type[CausalAttention], Callable[..., Tensor]] = {
@@ -30,6 +39,20 @@ def dense(
         CausalMHLA: _mhla,
     }
     return forms[type(operator)](operator, q, k, v, decay).transpose(1, 2)
+
+
+def _delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
+    """arXiv 2406.06484, Eq. 5: the state is multiplied by a Householder-like matrix of every token."""
+    q, k = F.silu(q), F.silu(k)
+    q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    eye, outs = torch.eye(q.shape[-1], dtype=q.dtype), []
+    state = q.new_zeros(len(q), q.shape[2], q.shape[3], v.shape[3])
+    for key, value, query, rate in zip(k.unbind(1), v.unbind(1), q.unbind(1), beta.unbind(1), strict=True):
+        rate = rate[..., None, None]
+        state = (eye - rate * key[..., :, None] * key[..., None, :]) @ state
+        state = state + rate * key[..., :, None] * value[..., None, :]
+        outs.append((query[..., None, :] @ state).squeeze(-2) / math.sqrt(q.shape[-1]))
+    return torch.stack(outs, 1)
 
 
 def full_mixing(weight: Tensor, form: str, extrapolation: str | None, count: int) -> Tensor:

@@ -18,6 +18,7 @@ VOCABULARY = 61
 _ENTRIES: dict[str, dict[str, Any]] = {
     "mhla": {"chunk_size": 8, "max_chunks": 200},
     "linear": {"chunk_size": 8},
+    "deltanet": {"chunk_size": 8},
 }
 CUDA_ONLY = [name for name, operator in CAUSAL_ATTENTION.items() if issubclass(operator, FlashOperator)]
 

@@ -16,6 +16,7 @@ from mhla_lightning.data.prepare.samples import Sample, npy_bytes
 from mhla_lightning.data.prepare.writer import write_split
 
 FACTOR, SIZE = 4, 16  # pixels a place of a latent, and a side of the images that are encoded
+CAPTIONS = ("a red cat", "a dog at the left", "two birds")
 
 
 def save_kl(folder: Path, seed: int = 0, spread: float = 1.0, **config: object) -> str:
@@ -193,4 +194,15 @@ def save_clips(
             samples,
             shard_bytes or 3 * clip.frames * clip.height * clip.width * 3,
         )
+    return folder
+
+
+def save_captioned(folder: Path, count: int = 10, size: tuple[int, int] = (SIZE, SIZE)) -> Path:
+    """Noisy RGB images with captions beside them, FOLDER/NAME.png and NAME.txt; some in a folder below."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / ("more" if number % 3 == 0 else ".") / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+        path.with_suffix(".txt").write_text(f"{CAPTIONS[number % len(CAPTIONS)]}\n")
     return folder

@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("api", "lightning_cli"),
     ("cli",),
-    ("report",),
+    ("report", "evidence"),
     ("bench", "training", "compare"),
     ("conversion", "evaluation"),
     ("hf",),

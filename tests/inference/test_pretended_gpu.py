@@ -13,8 +13,7 @@ from mhla_lightning.attention.mhla.triton.launch import recorded
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.diffusion import Guidance, build_process, sample
 from mhla_lightning.diffusion.guidance import guided
-from mhla_lightning.inference.text.engine import generate
-from mhla_lightning.inference.text.sampling import Sampling
+from mhla_lightning.inference.text import Execution, Sampling, generate
 from tests.helpers.pretended_gpu import GpuTensor, Record, pretended_gpu
 
 MHLA = {"name": "mhla", "chunk_size": 4, "max_chunks": 8, "heads": 2, "extrapolation": "shift"}
@@ -46,7 +45,8 @@ def test_text_is_continued_as_on_a_cpu(attention: Any, monkeypatch: pytest.Monke
     prompts = [[1, 2, 3], [4], list(range(10))]
 
     def continued(model: Any, device: str) -> list[tuple[list[int], list[int]]]:
-        steps = generate(model, prompts, Sampling(temperature=0.8), 6, device=device)
+        execution = Execution(device, capture=lambda run: run)  # linear attention takes it
+        steps = generate(model, prompts, Sampling(temperature=0.8), 6, device=execution)
         return [(step.prompts, step.tokens) for step in steps]
 
     expected = continued(model_of("lm_tiny", attention, LM), "cpu")

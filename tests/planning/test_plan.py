@@ -105,6 +105,19 @@ def test_flops_are_what_torch_counts(name: str) -> None:
     assert task.flops_per_sample == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "name", ["mamba2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gla", "gated_deltanet"))]
+)  # each builds a model of 24 layers
+def test_baselines_for_cuda_are_planned_without_their_package(name: str) -> None:
+    """Parameters, FLOPs and hours; activations are what their kernels keep, which nobody models."""
+    found = plan_of(f"language/lm_340m_{name}_fineweb_edu", gpu=find_gpu("h100-80g"))
+    assert found.parameters["total"] == pytest.approx(340e6, rel=0.01)
+    assert found.length.steps == 38147
+    assert found.activations is None
+    assert any("CUDA" in note for note in found.notes)
+    assert found.seconds == pytest.approx(14.8 * 3600, rel=0.02)
+
+
 def test_whole_plan_of_a_small_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "plan.json"
     words = [

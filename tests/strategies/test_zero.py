@@ -265,7 +265,7 @@ def test_accumulation_and_recomputation_change_nothing(runs: Runs, name: str) ->
     )
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero2"])
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
 @pytest.mark.slow
 def test_compiled_blocks_train_save_and_resume_alike(runs: Runs, name: str) -> None:
     """Compiled from the first step, and again after a kill, where nothing is compiled any more."""

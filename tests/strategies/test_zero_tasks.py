@@ -52,6 +52,27 @@ def test_stage_3_follows_ddp(nursery: Nursery, task: str, tmp_path: Path) -> Non
         assert zero[tag] == pytest.approx(ddp[tag], abs=1e-5), tag
 
 
+COMPILED = ["--model.compile.what", "blocks", "--model.compile.backend", "aot_eager"]
+
+
+@pytest.mark.parametrize(
+    ("task", "kept"), [("language", "attention"), ("image_dit", "blocks"), ("video_dit", "none")]
+)
+@pytest.mark.slow
+def test_stage_3_follows_ddp_compiled(nursery: Nursery, task: str, kept: str, tmp_path: Path) -> None:
+    recipe = str(write_recipes(tmp_path, [task])[task])
+    short = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "4"]
+    if task in SAMPLES:
+        short += ["--trainer.callbacks", f"[{EMA}, {SAMPLES[task]}]"]
+    ddp = losses(nursery, recipe, tmp_path, "ddp", *short)
+    compiled = losses(
+        nursery, recipe, tmp_path, ZERO3, *short, *COMPILED, "--model.checkpoint_activations", kept
+    )
+    assert len(ddp["train/loss"]) == 4
+    for tag in LOSSES:
+        assert compiled[tag] == pytest.approx(ddp[tag], abs=1e-5), tag
+
+
 CPU_RECIPES = {
     "classification": "classification/deit_tiny_mhla_mnist_cpu",
     "language": "language/lm_tiny_mhla_stdlib_cpu",

@@ -116,6 +116,18 @@ def test_bits_per_byte_need_no_check(text: Path) -> None:
     assert measured["val/bits_per_byte"] == pytest.approx(bits, rel=0.2), "nearly all tokens are bytes"
 
 
+@pytest.mark.parametrize("attention", ["gla", ["softmax", "mamba2"]])
+def test_an_operator_for_cuda_is_refused_on_a_cpu_before_weights_exist(text: Path, attention: Any) -> None:
+    options = {"context": 32, "embed_dim": 16, "depth": 2, "intermediate": 32}
+    task = LanguageTask("lm_tiny", attention, options)
+    with refused("model.attention.name") as caught:
+        pl.Trainer(accelerator="cpu", devices=1, max_steps=1, **QUIET).fit(
+            task, TokenDataModule(str(text), 8)
+        )
+    assert "CUDA" in caught.value.reason
+    assert task.backbone is None
+
+
 @pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
 def test_an_unknown_strategy_is_refused_by_name(name: str) -> None:
     """Issue 20, fault 7."""

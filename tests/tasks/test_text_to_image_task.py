@@ -22,7 +22,14 @@ from mhla_lightning.data.index import VAE
 from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.diffusion import Guidance, guided
 from mhla_lightning.runs.folder import RunFolder
-from mhla_lightning.tasks import PredictSettings, TextDiffusionLossConfig, TextToImageTask, VideoDiffusionTask
+from mhla_lightning.tasks import (
+    OptimizerConfig,
+    PredictSettings,
+    ScheduleConfig,
+    TextDiffusionLossConfig,
+    TextToImageTask,
+    VideoDiffusionTask,
+)
 from tests.helpers.errors import refused
 from tests.helpers.killed_runs import exact_metrics, fit, fit_killed
 from tests.helpers.ranks import Nursery
@@ -205,6 +212,45 @@ def test_latents_with_texts_come_from_shards(tmp_path: Path) -> None:
     assert batch["text"].ne(0).any(-1).sum(-1).tolist() == [5] * 8  # words
     assert data.null_text().ne(0).any(-1).sum() == 1
     assert task.training_step(batch, 0).isfinite()
+
+
+def test_a_text_read_by_mhla_trains_and_resumes_bit_for_bit_under_a_plain_trainer(tmp_path: Path) -> None:
+    """The mixing matrices stay in their range, although the learning rate throws them out of it."""
+    vae, shards = VAE("bars", 0.4, 0.0, (CHANNELS, SIDE, SIDE)), str(write_latents(tmp_path))
+    options = OPTIONS | {"patch_size": 1, "in_channels": CHANNELS, "text_dim": 8, "text_length": 6}
+    options |= {"depth": 1, "cross_attention": {"name": "mhla", "blocks": 2, "context_blocks": 3}}
+    runs = {}
+    for name, parts in (("whole", [3]), ("cut", [2, 3])):
+        checkpoint = None
+        for steps in parts:
+            torch.manual_seed(0)
+            task: Any = TextToImageTask(
+                "sana_tiny",
+                "linear",
+                options,
+                optimizer=OptimizerConfig(lr=0.5),
+                schedule=ScheduleConfig("constant"),
+            )
+            data = LatentDataModule(vae, shards, 8, reading=ReadingConfig(num_workers=0), text_encoder=TEXT)
+            trainer = pl.Trainer(
+                default_root_dir=tmp_path / name,
+                max_steps=steps,
+                limit_val_batches=0,
+                accelerator="cpu",
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=False,
+            )
+            trainer.fit(task, data, ckpt_path=checkpoint)
+            checkpoint = str(tmp_path / f"{name}-{steps}.ckpt")
+            trainer.save_checkpoint(checkpoint)
+        runs[name] = task.backbone.state_dict()
+    for key, value in runs["whole"].items():
+        assert torch.equal(value, runs["cut"][key]), key
+    mixing = runs["whole"]["blocks.0.cross_attn.mixing.weight"]
+    assert mixing.shape == (4, 3)
+    assert 0 == mixing.min() <= mixing.max() <= 1
 
 
 @pytest.mark.slow  # three runs, with an autoencoder of diffusers

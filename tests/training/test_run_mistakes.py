@@ -218,8 +218,8 @@ def test_a_refused_run_leaves_no_folder_and_an_older_one_stays(
 
 
 @pytest.mark.parametrize("strategy", ["zero3", "zero3_offload", {"name": "zero3"}], ids=str)
-@pytest.mark.parametrize(("key", "value"), [("checkpoint_activations", "offload"), ("compile", "blocks")])
-def test_split_weights_exclude_offloading_and_compiling(strategy: Any, key: str, value: str) -> None:
+@pytest.mark.parametrize(("key", "value"), [("checkpoint_activations", "offload"), ("compile", "whole")])
+def test_split_weights_exclude_offloading_and_compiling_as_one(strategy: Any, key: str, value: str) -> None:
     task = ClassificationTask("deit_tiny", num_classes=10, **{key: value})  # type: ignore[arg-type]
     with refused(key):
         check_split_weights(task, strategy)

@@ -34,36 +34,62 @@ q and k are (batch, tokens, heads, dim_k); v and the output are (batch, tokens, 
 def load_kernels(ops: str, name: str, device: torch.device) -> tuple[Kernel, Kernel]:
     """Return the kernels of `fla.ops` for many tokens and for the next one.
 
+    On the meta device, where a recipe's model is checked and counted, they give shapes alone.
+
     Args:
         ops: module of fla.ops.
         name: of the attention entry.
         device: of the tensors.
 
     Raises:
-        UserError: no CUDA device.
+        UserError: see :func:`check_kernels`.
     """
-    if device.type != "cuda":
-        raise UserError(
-            "name",
-            f"attention '{name}' needs a CUDA device and got tensors on {device.type}; "
-            "{name: linear, decay: token} runs anywhere",
-        )
+    if device.type == "meta":
+        return _shapes, _shapes
+    check_kernels(name, device)
     module = importlib.import_module(f"fla.ops.{ops}")
     return getattr(module, f"chunk_{ops}"), getattr(module, f"fused_recurrent_{ops}")
+
+
+def _shapes(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *, output_final_state: bool = False, **options: object
+) -> tuple[Tensor, Tensor | None]:
+    """Give the shapes of a kernel's results, on the meta device."""
+    state = q.new_empty(len(q), v.shape[2], q.shape[3], v.shape[3]) if output_final_state else None
+    return torch.empty_like(v), state
+
+
+def check_kernels(name: str, device: torch.device) -> None:
+    """Check that the kernels can run on a device.
+
+    Args:
+        name: of the attention entry.
+        device: of the tensors.
+
+    Raises:
+        UserError: no CUDA device, or the package is not installed.
+    """
+    purpose, missing = f"attention '{name}'", find_spec("fla") is None
+    if device.type != "cuda":
+        also = " and the package 'flash-linear-attention' (pip install 'mhla-lightning[fla]')"
+        raise UserError(
+            "name",
+            f"{purpose} needs a CUDA device{also if missing else ''}, and the device here is {device.type}; "
+            "{name: linear, decay: token} runs anywhere",
+        )
+    if missing:
+        raise UserError("name", missing_extra("flash-linear-attention", "fla", purpose))
 
 
 class FlashOperator(CausalAttention):
     """Base of the operators here: one state (dim_k, dim_v) per head, no option, no parameter.
 
     Documents become sequences of their own. An operator can be built and its FLOPs counted anywhere; the
-    first forward needs a CUDA device. `step` has no backward.
+    first forward needs a CUDA device and the package. `step` has no backward.
 
     Class attributes:
         name: in CAUSAL_ATTENTION.
         ops: module of fla.ops.
-
-    Raises:
-        UserError: the package is not installed.
     """
 
     name: ClassVar[str]
@@ -72,10 +98,10 @@ class FlashOperator(CausalAttention):
 
     def __init__(self, *, heads: int, dim_k: int, dim_v: int, grid: Sequence[int] | None = None) -> None:
         super().__init__()
-        if find_spec("fla") is None:
-            raise UserError(
-                "name", missing_extra("flash-linear-attention", "fla", f"attention '{self.name}'")
-            )
+
+    @classmethod
+    def check_device(cls, device: torch.device) -> None:
+        check_kernels(cls.name, device)
 
     @abstractmethod
     def _inputs(

@@ -167,6 +167,9 @@ class CausalLinear(base.CausalAttention):
         total = torch.zeros(batch, heads, dim_k, dim_v, device=device, dtype=precise)
         return LinearState(total, total[..., :1].clone() if self.normalizer == "block" else None)
 
+    def host_needed(self, state: base.State) -> str | None:
+        return None
+
     def attend_step(
         self, q: Tensor, k: Tensor, v: Tensor, state: base.State, context: Context
     ) -> tuple[Tensor, base.State]:

@@ -98,6 +98,9 @@ class CausalSoftmax(CausalAttention):
         )
         return KeyValueCache(keys, values, [0] * batch)
 
+    def host_needed(self, state: State) -> str | None:
+        return "its cache grows with every token"
+
     def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, State]:
         packing = context.packed()
         q, k, v = _turned(q, k, v, context.rotary)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mhla_lightning.attention.base import accumulation_dtype, known
-from mhla_lightning.attention.context import Rotary
+from mhla_lightning.attention.context import Rotary, check_mask
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.errors import UserError
 
@@ -84,9 +84,10 @@ def mhla(
         (batch, heads, blocks, tokens_per_block, dim_v)
 
     Raises:
-        UserError: unknown normalizer, or `slot` with a mask.
+        UserError: unknown normalizer, `slot` with a mask, or a mask that is not bool.
     """
     known("normalizer", normalizer, NORMALIZERS)
+    check_mask(mask)
     if normalizer == "slot" and mask is not None:
         raise UserError(
             "normalizer",

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mhla_lightning.attention import base
 from mhla_lightning.attention.arithmetic import ceil_div
-from mhla_lightning.attention.chunks import EXTRAPOLATIONS, SPANS
+from mhla_lightning.attention.chunks import EXTRAPOLATIONS, SPANS, check_reach
 from mhla_lightning.attention.context import Context, HalfRotary, Rotary
 from mhla_lightning.attention.decay import spread_logits
 from mhla_lightning.attention.mhla.causal import attend_in_chunks, prefill_in_chunks
@@ -238,6 +238,23 @@ class CausalMHLA(base.CausalAttention):
             if state is None:
                 return out, None
             return out, WindowedState(state, window_after(k, v, self.chunk_size, packing))
+
+    def fix_state(self, state: base.State, tokens: int) -> None:
+        if isinstance(state, MHLAState):
+            state.leave_host(tokens)
+
+    def host_needed(self, state: base.State) -> str | None:
+        if not isinstance(state, MHLAState):
+            return "intra 'window' counts tokens on the host"
+        return (
+            None if state.tokens is not None else "its single tokens run on torch, which counts on the host"
+        )
+
+    def check_length(self, tokens: int) -> None:
+        rule = self.rule
+        if not rule.merges:
+            chunks = ceil_div(tokens, rule.chunk_size)
+            check_reach(chunks, self.mixing.blocks, rule.chunk_size, rule.extrapolation)
 
     def attend_step(
         self, q: Tensor, k: Tensor, v: Tensor, state: base.State, context: Context

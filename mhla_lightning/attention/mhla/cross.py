@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mhla_lightning.attention.base import known
+from mhla_lightning.attention.context import check_mask
 from mhla_lightning.attention.mhla.bidirectional import block_summaries, mix, read
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.attention.mhla.mixing import MixingInit, MixingMatrix
@@ -53,7 +54,7 @@ def cross_mhla(
         (batch, tokens, heads, dim_v)
 
     Raises:
-        UserError: unknown normalizer, or tokens that do not fill their grid.
+        UserError: unknown normalizer, tokens that do not fill their grid, or a mask that is not bool.
     """
     known("normalizer", normalizer, CROSS_NORMALIZERS)
     for name, tokens, blocks in (("q", q, queries), ("k", k, keys)):
@@ -61,6 +62,7 @@ def cross_mhla(
             raise UserError(
                 name, f"its {tokens.shape[1]} tokens do not fill {blocks.grid}, which has {blocks.tokens}"
             )
+    check_mask(mask, k.shape[:2])
     if mask is not None:
         k = k * mask[:, :, None, None].to(k.dtype)
     q, k, v = (blocks.to_blocks(x.transpose(1, 2)) for x, blocks in ((q, queries), (k, keys), (v, keys)))

@@ -183,7 +183,7 @@ class MHLAState:
             unless the decay spans the sequence.
         tokens: (batch, heads) int32, tokens so far of every sequence, which a kernel counts head by head;
             None where only the host counts.
-        counted: whether the host has counted every token. It has not after a CUDA graph.
+        counted: whether the host has counted every token. It has not after `leave_host`.
     """
 
     rule: CausalRule
@@ -215,10 +215,6 @@ class MHLAState:
         """Return the summaries of values and, where there are any, of the normalizer."""
         return [self.values] if self.norms is None else [self.values, self.norms]
 
-    def complete(self) -> None:
-        """Give the ring all its places, so that no later step allocates any; a CUDA graph needs it."""
-        make_room(self, self.reach.kept)
-
     def count_on_device(self) -> Tensor:
         """Return `tokens`; from here on every tensor of the state may change in place."""
         if self.tokens is None:
@@ -233,8 +229,18 @@ class MHLAState:
                 self.since_start, self.since_end = _copied(self.since_start), _copied(self.since_end)
         return self.tokens
 
+    def leave_host(self, tokens: int) -> None:
+        """Take all memory now, and count tokens on the device alone, as a CUDA graph needs.
+
+        Args:
+            tokens: of a sequence at most. A longer one gets NaN.
+        """
+        make_room(self, tokens // self.rule.chunk_size)
+        self.count_on_device()
+        self.counted = False
+
     def count_on_host(self) -> None:
-        """Take the tokens' number over from the device; that waits for it only after a CUDA graph."""
+        """Take the tokens' number over from the device; that waits for it only after `leave_host`."""
         if self.tokens is not None and not self.counted:
             counts, size = self.tokens[:, 0].tolist(), self.rule.chunk_size
             self.filled, self.finished = [n % size for n in counts], [n // size for n in counts]

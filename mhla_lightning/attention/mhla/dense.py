@@ -1,5 +1,8 @@
 """MHLA of short rows on a CPU: Eq. 5 with its N x N matrix, and a backward written by hand.
 
+Sums in float32 take the compiled form of `cpu/` where the machine has a compiler; what follows is in torch's
+own operations, and serves everything.
+
 Summaries of many small blocks are expensive: blocks x dim_k x dim_v numbers a head, and blocks^2 x dim_k x
 dim_v products to mix them. Scores of all pairs of tokens are N^2 numbers and N^2 x dim_k products. A few
 samples are finished before the next ones, so that their scores stay in the processor's cache. The numbers
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from mhla_lightning.attention.mhla.bidirectional import ReluMHLA
 from mhla_lightning.attention.mhla.by_hand import ByHand, WrittenForm
+from mhla_lightning.attention.mhla.cpu import short_rows
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.attention.mhla.triton.choice import CallSizes, Costs, block_seconds, dense_seconds
 
@@ -44,7 +48,9 @@ def dense_pays(q: Tensor, v: Tensor, grid: BlockGrid) -> bool:
     return dense_seconds(sizes, CPU_COSTS) < block_seconds(sizes, CPU_COSTS)
 
 
-def dense_on_cpu(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, settings: ReluMHLA) -> Tensor:
+def dense_on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, settings: ReluMHLA, *, compiled: bool = True
+) -> Tensor:
     """Compute MHLA, Eq. 5, as one differentiable step.
 
     Args:
@@ -52,12 +58,16 @@ def dense_on_cpu(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, settings: Relu
         v: (batch, tokens, heads, dim_v).
         mixing: (blocks, blocks) or (heads, blocks, blocks).
         settings: blocks, feature map and normalizer.
+        compiled: whether to take the compiled form where it serves the call.
 
     Returns:
         (batch, tokens, heads, dim_v) in v's dtype.
     """
+    compiled = compiled and short_rows.serves(q, settings)
     if torch.is_grad_enabled():
-        return ByHand.apply(q, k, v, mixing, settings, _FORM)
+        return ByHand.apply(q, k, v, mixing, settings, short_rows.FORM if compiled else _FORM)
+    if compiled:
+        return short_rows.FORM.forward(q, k, v, mixing, settings)[0]
     return _forward(q, k, v, mixing, settings, keep=False)[0]
 
 

@@ -66,6 +66,7 @@ def fused_mhla(
     normalize: bool = True,
     eps: float = 1e-6,
     dtype: torch.dtype,
+    compiled: bool = True,
 ) -> Tensor:
     """Compute MHLA, Eq. 4, with relu features as one differentiable step.
 
@@ -79,6 +80,7 @@ def fused_mhla(
         normalize: whether to divide by q . z~ + eps.
         eps: added to the normalizer.
         dtype: of the sums.
+        compiled: whether short rows on a CPU may take the compiled form.
 
     Returns:
         (batch, tokens, heads, dim_v) in v's dtype.
@@ -88,7 +90,7 @@ def fused_mhla(
     if not len(q) or torch.compiler.is_compiling() or in_transform(q, k, v, mixing):
         return settings.plain(q, k, v, mixing)
     if mixing is not None and dense_pays(q, v, grid):
-        return dense_on_cpu(q, k, v, mixing, settings)
+        return dense_on_cpu(q, k, v, mixing, settings, compiled=compiled)
     if torch.is_grad_enabled():
         return ByHand.apply(q, k, v, mixing, settings, _FORM)
     return _by_heads(q, k, v, mixing, settings)

@@ -90,15 +90,20 @@ class BlockGrid:
         return self.from_blocks(ids).squeeze(-1)
 
     @cached_property
-    def pairs(self) -> array[int]:
-        """tokens x tokens int64: the place of m[b(i), b(j)] in a flat mixing matrix.
+    def block_numbers(self) -> array[int]:
+        """As `block_of_token`, kept.
 
         This is no tensor: one that is kept would be of the mode of its first call, such as fake.
         """
         block = [0]
         for tokens, count, size in zip(self.grid, self.blocks, self.block_size, strict=True):
             block = [b * count + place // size for b in block for place in range(tokens)]
-        return array("q", [i * self.num_blocks + j for i in block for j in block])
+        return array("q", block)
+
+    @cached_property
+    def pairs(self) -> array[int]:
+        """tokens x tokens int64: the place of m[b(i), b(j)] in a flat mixing matrix."""
+        return array("q", [i * self.num_blocks + j for i in self.block_numbers for j in self.block_numbers])
 
     def to_blocks(self, x: Tensor) -> Tensor:
         """Reorder raster order to block order.
@@ -156,6 +161,40 @@ class BlockGrid:
         axes = [torch.arange(count, dtype=torch.float64) for count in self.blocks]
         positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(self.num_blocks, -1)
         return (positions[:, None] - positions[None]).pow(2).sum(-1).sqrt()
+
+
+def cut_alike(
+    made: BlockGrid,
+    grid: Sequence[int],
+    blocks: int | Sequence[int] | None,
+    block_size: int | Sequence[int] | None,
+) -> BlockGrid:
+    """Return the blocks of another grid, cut by the same options.
+
+    Args:
+        made: the blocks that the options gave.
+        grid: token counts per axis.
+        blocks, block_size: the options.
+
+    Raises:
+        UserError: options that do not fit the grid.
+    """
+    if single_frame(made, grid, blocks):
+        return BlockGrid(grid, (1, *made.blocks[1:]))
+    return BlockGrid(grid, blocks, block_size=block_size)
+
+
+def single_frame(made: BlockGrid, grid: Sequence[int], blocks: int | Sequence[int] | None) -> bool:
+    """Return whether a grid is a single frame, given to blocks of videos.
+
+    Its blocks are mixed like the first ones in time, as the first frame of a video is.
+
+    Args:
+        made: the blocks of videos.
+        grid: token counts per axis.
+        blocks: the option that gave them; None where `block_size` did.
+    """
+    return len(grid) == 3 and grid[0] == 1 and blocks is not None and made.blocks[0] > 1
 
 
 def _width(tokens: int, count: int) -> int:

@@ -12,7 +12,7 @@ from mhla_lightning.attention import base
 from mhla_lightning.attention.context import Context
 from mhla_lightning.attention.mhla.bidirectional import NORMALIZERS, mhla_on_grid
 from mhla_lightning.attention.mhla.fused import fused_mhla
-from mhla_lightning.attention.mhla.grid import BlockGrid
+from mhla_lightning.attention.mhla.grid import BlockGrid, cut_alike, single_frame
 from mhla_lightning.attention.mhla.mixing import MixingInit, MixingMatrix, keys_of_an_entry
 from mhla_lightning.attention.mhla.reference import dense_mhla
 from mhla_lightning.attention.mhla.triton import choice
@@ -167,6 +167,7 @@ class MHLA(base.Attention):
                 normalize=self.normalizer == "block",
                 eps=self.eps,
                 dtype=base.accumulation_dtype(q),
+                compiled=self.kernel != "torch",
             )
 
     def _unfit(self) -> str | None:
@@ -179,23 +180,14 @@ class MHLA(base.Attention):
         """Return the blocks of a grid; None means the grid given at construction."""
         if grid is None or tuple(grid) == self.grid.grid:
             return self.grid
-        if self.is_image(grid):
-            return BlockGrid(grid, (1, *self.grid.blocks[1:]))
-        return BlockGrid(grid, self.blocks, block_size=self.block_size)
+        return cut_alike(self.grid, grid, self.blocks, self.block_size)
 
     def _matrix(self, blocks: BlockGrid) -> Tensor:
         if self.mixing.form == "relative":
             return self.mixing.matrix(blocks.blocks)
-        if not self.is_image(blocks.grid):
+        if not single_frame(self.grid, blocks.grid, self.blocks):
             return self.mixing.matrix(blocks.num_blocks)
         return self.mixing.matrix(self.grid.num_blocks)[..., : blocks.num_blocks, : blocks.num_blocks]
-
-    def is_image(self, grid: Sequence[int]) -> bool:
-        """Return whether a grid is a single frame, given to blocks of videos.
-
-        Its blocks are mixed like the first ones in time, as the first frame of a video is.
-        """
-        return len(grid) == 3 and grid[0] == 1 and self.blocks is not None and self.grid.blocks[0] > 1
 
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
         padded = self.grid.num_blocks * self.grid.tokens_per_block

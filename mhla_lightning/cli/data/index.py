@@ -16,7 +16,8 @@ from mhla_lightning.textfiles import read_text, split_lines
 
 HELP = "index shards that others made"
 EPILOG = """A sample has one of these groups of members:
-  images         KEY.jpg, KEY.png or KEY.webp, and KEY.cls (the class number)
+  images         KEY.jpg, KEY.png or KEY.webp, and KEY.cls (the class number) or, with --captioned,
+                 KEY.txt or KEY.json (the caption), for mhla data latents
   tokens         KEY.tokens.npy and KEY.documents.npy
   latents        KEY.latent.npy, and KEY.cls or KEY.text.npy
   clips          KEY.clip.npy or KEY.mp4, and KEY.txt (the caption)
@@ -38,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--classes",
         metavar="FILE",
         help="text file with the names of the classes, one a line, class 0 first (default: their numbers)",
+    )
+    parser.add_argument(
+        "--captioned", action="store_true", help="images have captions, KEY.txt or KEY.json, and no classes"
     )
     parser.add_argument(
         "--tokenizer", metavar="NAME", help="tokenizer that made the tokens, e.g. bytes or gpt2"
@@ -62,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     from mhla_lightning.data.index import VAE
     from mhla_lightning.data.prepare.indexing import Facts, index_shards
 
-    facts = Facts(args.kind, classes, given and VAE(*given, shape=()), args.tokenizer, args.rate)
+    vae = given and VAE(*given, shape=())
+    facts = Facts(args.kind, classes, vae, args.tokenizer, args.rate, args.captioned)
     console = Console()
     with output.vae_arguments(), progress_bars(console) as on_progress:
         indices = index_shards(

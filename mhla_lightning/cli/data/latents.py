@@ -1,4 +1,4 @@
-"""Encode images, or videos and their captions, and write the latents as shards.
+"""Encode images or videos, and their captions, and write the latents as shards.
 
 The same command continues an interrupted one.
 """
@@ -16,6 +16,7 @@ from mhla_lightning.cli.output import OnProgress, check_writable, progress_bars,
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
+    from mhla_lightning.data.prepare.latents.captioned import CaptionOptions
     from mhla_lightning.data.prepare.latents.work import LatentReport
 
 HELP = "encode images or videos by a VAE into latent shards"
@@ -23,12 +24,18 @@ EPILOG = """SOURCE is a folder or an address of packed images, whose splits and 
 mhla data pack. With --video it is a folder that mhla data clips made: clips of one size, or a folder
 FRAMESxHEIGHTxWIDTH of each size, which OUT will have too.
 
+With --text-encoder images have captions instead of classes. SOURCE is a folder of images, with folders
+train, val and test or without. Captions are lines {"file": "NAME.jpg", "caption": "..."} of captions.jsonl
+in it or of --captions FILE; without such a file, NAME.txt beside NAME.jpg. Or SOURCE is packed (mhla data
+index --captioned), and captions are members KEY.txt or, under the key caption, KEY.json.
+
 examples:
   mhla data latents data/imagenet data/imagenet-latents --vae stabilityai/sd-vae-ft-ema
   mhla data latents /images data/mine --vae /models/dc-ae --size 512 --val 0.02 --device cuda:0,cuda:1
+  mhla data latents /photos data/photos --vae SANA --text-encoder SANA --instruction sana --size 1024
   mhla data latents --video data/clips data/clip-latents --vae /models/Wan2.1 --text-encoder /models/Wan2.1"""
 _IMAGES_ONLY = ("size", "batch_size", "moments", "flip", "scale", "shift", "val", "seed")
-_VIDEOS_ONLY = ("text_encoder", "tokens")
+_CAPTIONS_ONLY = ("tokens", "instruction", "captions", "caption_key", "uncaptioned")  # of images
 _SHOWN = 10
 
 
@@ -50,14 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="VAE",
         help="a folder of diffusers' AutoencoderKL or AutoencoderDC, or its name on the hub",
     )
-    parser.add_argument(
-        "--text-encoder",
-        metavar="NAME",
-        help="encoder of captions: a folder or hub name of umT5 or Gemma-2, or words:N (no download)",
-    )
-    parser.add_argument(
-        "--tokens", type=int, metavar="N", help="the most tokens that a caption may have (default: 512)"
-    )
+    _add_text(parser)
     parser.add_argument(
         "--subfolder", metavar="NAME", help="folder inside VAE (default: none, or vae for a pipeline)"
     )
@@ -87,7 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep one latent of each image, drawn by (seed, index)",
     )
     parser.add_argument(
-        "--no-flip", dest="flip", action="store_false", help="leave out the latents of the mirrored images"
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep the latents of the mirrored images too (default: with classes, not with captions)",
     )
     parser.add_argument(
         "--scale", type=float, metavar="S", help="a latent z is used as (z - T) * S (default: the VAE's)"
@@ -128,6 +131,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_json(parser)
 
 
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments about captions."""
+    parser.add_argument(
+        "--text-encoder",
+        metavar="NAME",
+        help="encoder of captions: a folder or hub name of umT5 or Gemma-2, or words:N (no download)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="the most tokens that a caption may have (default: 300 of Gemma-2, else 512)",
+    )
+    parser.add_argument(
+        "--instruction",
+        metavar="NAME",
+        help="what Gemma-2 reads before a caption of an image: sana, as SanaPipeline (default: nothing)",
+    )
+    parser.add_argument(
+        "--captions",
+        metavar="FILE",
+        help="JSON lines with the captions of a folder of images (default: captions.jsonl, or NAME.txt)",
+    )
+    parser.add_argument(
+        "--caption-key",
+        metavar="KEY",
+        help="key of a caption in the JSON of images (default: caption, after a member txt)",
+    )
+    parser.add_argument(
+        "--uncaptioned",
+        metavar="WHAT",
+        help="refuse or skip images without a caption (default: refuse)",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Encode and return 0. Raises UserError."""
     check_writable("json", args.json)
@@ -142,13 +180,17 @@ def run(args: argparse.Namespace) -> int:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     vaes = {split: {**vars(index.vae)} for split, index in report.indices.items() if index.vae is not None}
     what, rate = "clips" if args.video else "images", report.samples / max(report.seconds, 1e-9)
-    skipped = [dict(zip(("split", "sample", "reason"), one, strict=True)) for one in report.skipped]
+    skipped, uncaptioned = (
+        [dict(zip(("split", "sample", "reason"), one, strict=True)) for one in left]
+        for left in (report.skipped, report.uncaptioned)
+    )
     summary = {
         "vae": vaes,
         what: report.samples,
         "seconds": report.seconds,
         f"{what}_per_second": rate,
         "skipped": skipped,
+        "uncaptioned": uncaptioned,
     }
     write_json(args.json, {"rows": rows, "summary": summary})
     return 0
@@ -163,10 +205,8 @@ def _make(
 
     names = ("vae", "subfolder", "name", "device", "dtype", "shards", "max_skipped_share")
     chosen = {name: getattr(args, name) for name in names}
-    only = _VIDEOS_ONLY if args.video else _IMAGES_ONLY
-    chosen |= {name: getattr(args, name) for name in only if getattr(args, name) is not None}
     if args.video:
-        options = VideoOptions(**chosen)
+        options = VideoOptions(**chosen, text_encoder=args.text_encoder, tokens=args.tokens)
         return make_video_latents(
             args.source,
             out,
@@ -176,7 +216,8 @@ def _make(
             on_progress=on_progress,
             on_note=on_note,
         )
-    images = LatentOptions(**chosen, workers=output.workers(args))
+    chosen |= {name: getattr(args, name) for name in _IMAGES_ONLY if getattr(args, name) is not None}
+    images = LatentOptions(**chosen, workers=output.workers(args), text=_captions(args))
     return make_latents(
         args.source,
         out,
@@ -196,21 +237,31 @@ def _out(args: argparse.Namespace) -> str:
     return str(args.out or args.to)
 
 
+def _captions(args: argparse.Namespace) -> CaptionOptions | None:
+    """Return what the arguments say about captions of images."""
+    from mhla_lightning.data.prepare.latents.captioned import CaptionOptions
+
+    if args.text_encoder is None:
+        return None
+    chosen = {"tokens": args.tokens, "instruction": args.instruction, "file": args.captions}
+    if args.uncaptioned is not None:
+        chosen["uncaptioned"] = args.uncaptioned
+    return CaptionOptions(args.text_encoder, key=args.caption_key, **chosen)
+
+
 def _demand_fitting(args: argparse.Namespace) -> None:
-    """Raise UserError for options of images with videos, and the other way round."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    if args.flip:
-        del given["flip"]  # its default
-    foreign = [name for name in (_IMAGES_ONLY if args.video else _VIDEOS_ONLY) if name in given]
+    """Raise UserError for options of images with videos, and of captions without a text encoder."""
+    given = {name for name, value in vars(args).items() if value is not None}
+    if args.video:
+        foreign = [name for name in (*_IMAGES_ONLY, *_CAPTIONS_ONLY[1:]) if name in given]
+        reason = "it is for images, and these are clips, whose size, splits and captions are kept"
+    else:
+        foreign = [name for name in _CAPTIONS_ONLY if name in given and args.text_encoder is None]
+        reason = "it is for captions: name their encoder with `text_encoder`, and add --video for videos"
     if foreign:
-        kinds = (
-            ("images", "clips, whose size and splits are kept")
-            if args.video
-            else ("videos", "images: add --video")
-        )
-        # --samples is the other name of `moments`.
-        key = "--samples" if foreign[0] == "moments" and not args.moments else foreign[0]
-        raise UserError(key, f"it is for {kinds[0]}, and these are {kinds[1]}")
+        # The other names of `moments` and `flip`.
+        other = {"moments": "--samples", "flip": "--no-flip"}.get(foreign[0])
+        raise UserError(other if other and not getattr(args, foreign[0]) else foreign[0], reason)
     if args.video and args.text_encoder is None:
         raise UserError(
             "text_encoder",
@@ -252,6 +303,6 @@ def _remarks(report: LatentReport, what: str) -> list[str]:
     if text is not None:
         lines.append(
             f"and: data.text_encoder: {{name: '{text.name}', tokens: {text.tokens}, channels: "
-            f"{text.channels}}}"
+            f"{text.channels}{f', instruction: {text.instruction}' if text.instruction else ''}}}"
         )
     return lines

@@ -25,6 +25,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "command mhla": installation.mhla_command,
     "command lightning": installation.lightning_command,
     "processor": devices.processor,
+    "C++ compiler": devices.compiler,
     "memory": devices.memory,
     "gpu": devices.gpu,
     "runs folder": devices.runs_folder,

@@ -39,6 +39,18 @@ def processor() -> Finding:
     return Finding("ok", text)
 
 
+def compiler() -> Finding:
+    """A C++ compiler is there; it is wanted for one operation."""
+    from mhla_lightning.attention.mhla.cpu.building import find_compiler
+
+    found = find_compiler()
+    if found is None:
+        return Finding(
+            "warn", "none; MHLA of short rows on a CPU takes torch's own operations, which are slower"
+        )
+    return Finding("ok", found)
+
+
 def memory() -> Finding:
     """Shared memory has room for the batches of loader workers (a container often gets 64 MB)."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0

@@ -1,9 +1,11 @@
 """Evaluates the language model of a run with lm-evaluation-harness and prints one table.
 
 TASKS are names of the harness, separated by commas. `paper` means the paper's nine: wikitext, lambada_openai,
-winogrande, piqa, arc_challenge, openbookqa, arc_easy, boolq and mmlu. Their data come from the Hugging Face
-hub, or from a task file of yours:
+winogrande, piqa, arc_challenge, openbookqa, arc_easy, boolq and mmlu. `longbench` means the 14 English tasks
+of LongBench and their average in percent; a prompt beyond --max-length loses its middle. The data come from
+the Hugging Face hub, or from a task file of yours:
   mhla eval lm RUN --tasks paper --json results.json
+  mhla eval lm RUN --tasks longbench --max-length 16384 --extrapolation shift
   mhla eval lm RUN --tasks my_task --include tasks/ --limit 100
 """
 
@@ -23,7 +25,9 @@ HELP = "lm-evaluation-harness on a language run"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mhla eval lm`."""
     add_run_arguments(parser)
-    parser.add_argument("--tasks", metavar="TASKS", required=True, help="names separated by commas, or paper")
+    parser.add_argument(
+        "--tasks", metavar="TASKS", required=True, help="names separated by commas; also paper and longbench"
+    )
     parser.add_argument("--include", metavar="DIR", help="folder of further task files (YAML)")
     parser.add_argument(
         "--limit",
@@ -76,12 +80,15 @@ def run(args: argparse.Namespace) -> int:
         f"{found.run.run_id} {found.checkpoint.name}, {'averaged' if found.averaged else 'raw'} weights",
         table,
     )
+    if shortened := model.shortened.total():
+        print(f"{shortened} prompts did not fit {max_length} tokens with their answers and were shortened")
     facts = {
         "run": found.run.run_id,
         "checkpoint": found.checkpoint.name,
         "averaged": found.averaged,
         "max_length": max_length,
         "limit": args.limit,
+        "shortened": dict(model.shortened),
     }
     write_json(
         args.json, {"rows": [{"task": task, **values} for task, values in table.items()], "summary": facts}

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from mhla_lightning.backbones.text_dit import TextDiT
 from mhla_lightning.conversion.foreign import Shapes, table_rows
 from mhla_lightning.conversion.formats.card import Record
 from mhla_lightning.data.tokenizers.base import Tokenizer
+from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT
 from mhla_lightning.weights.stored import Stored, as_stored
 from mhla_lightning.weights.streaming import FilePart
@@ -91,6 +93,24 @@ class Export:
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of a table: see :func:`mhla_lightning.conversion.foreign.table_rows`."""
         return table_rows({"shared": self.shared, "added": self.added})
+
+
+def check_text_attention(model: TextDiT, family: str) -> None:
+    """Refuse a model of images or videos that reads its text otherwise than its family.
+
+    Args:
+        model: the model.
+        family: whose format is written.
+
+    Raises:
+        UserError: another attention to the text than softmax.
+    """
+    if model.cross.name != "softmax":
+        raise UserError(
+            "format",
+            f"this model reads its text by {model.cross.name} (`backbone_options.cross_attention`), and "
+            f"{family} by softmax; take plain",
+        )
 
 
 def shapes(parts: Sequence[FilePart]) -> Shapes:

@@ -9,8 +9,15 @@ from torch import nn
 from mhla_lightning.attention import LayerAttention
 from mhla_lightning.backbones import SanaDiT
 from mhla_lightning.backbones.sana import SanaBlock
+from mhla_lightning.backbones.text_attention import CrossAttention
 from mhla_lightning.conversion.config_files import CONFIG
-from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, TrainedModel, shapes
+from mhla_lightning.conversion.formats.base import (
+    FOR_TORCH,
+    Export,
+    TrainedModel,
+    check_text_attention,
+    shapes,
+)
 from mhla_lightning.conversion.sana import ratio_of
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.sana_names import added_to_sana, needed_by_sana, to_diffusers_sana
@@ -23,10 +30,11 @@ def sana_diffusers(trained: TrainedModel, model: nn.Module) -> Export:
     The tensors that MHLA adds are in the same file.
 
     Raises:
-        UserError: the model lacks tensors of SANA, has a bias in some layers only, or patches that are no
-            squares.
+        UserError: the model reads its text by another attention than SANA, lacks tensors of it, has a bias
+            in some layers only, or patches that are no squares.
     """
     sana = cast(SanaDiT, model)
+    check_text_attention(sana, "SANA")
     biased = {f"blocks.{i}.attn.qkv.bias" in trained.weights for i in range(len(sana.blocks))}
     if len(biased) > 1:
         raise UserError(
@@ -81,7 +89,7 @@ def _computes(spec: LayerAttention) -> str:
 def _config(model: SanaDiT, bias: bool) -> dict[str, Any]:
     """Return the arguments of diffusers' SanaTransformer2DModel."""
     block, dim = cast(SanaBlock, model.blocks[0]), model.embed_dim
-    heads, cross = block.attn.heads, block.cross_attn.heads
+    heads, cross = block.attn.heads, cast(CrossAttention, block.cross_attn).heads
     return {
         "_class_name": "SanaTransformer2DModel",
         "in_channels": model.in_channels,

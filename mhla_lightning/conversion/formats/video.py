@@ -10,7 +10,13 @@ from torch import nn
 from mhla_lightning.backbones import VideoDiT
 from mhla_lightning.backbones.video_dit import VideoBlock
 from mhla_lightning.conversion.config_files import CONFIG
-from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, TrainedModel, shapes
+from mhla_lightning.conversion.formats.base import (
+    FOR_TORCH,
+    Export,
+    TrainedModel,
+    check_text_attention,
+    shapes,
+)
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.streaming import Rename, parts_of
 from mhla_lightning.weights.wan_names import added, needed, to_diffusers, to_wan
@@ -42,8 +48,9 @@ def _export(
     """Rename the tensors and build the config.
 
     Raises:
-        UserError: the model lacks tensors of Wan2.1.
+        UserError: the model reads its text by another attention than Wan2.1, or lacks tensors of it.
     """
+    check_text_attention(model, "Wan2.1")
     missing = [name for name in needed(len(model.blocks)) if name not in trained.weights]
     if missing:
         raise UserError(

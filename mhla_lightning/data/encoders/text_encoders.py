@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import html
-import json
 import re
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,15 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mhla_lightning.data.encoders.instructions import instruction_text
+from mhla_lightning.data.encoders.transformers_models import (
+    PretrainedModel,
+    content_hash,
+    open_config,
+    open_tokenizer,
+    open_weights,
+)
 from mhla_lightning.data.encoders.vaes import default_dtype
 from mhla_lightning.data.index import TextEncoding
 from mhla_lightning.errors import UserError, missing_extra
-from mhla_lightning.finite import check_finite
 from mhla_lightning.randomness import philox
 
 __all__ = ["TextEncoder", "TextEncoding", "clean", "load_text_encoder", "pad_rows", "text_sha256"]
 
-DEFAULT_TOKENS = 512  # of Wan2.1
+DEFAULT_TOKENS = 512  # of Wan2.1, and of words
 _WORDS = re.compile(r"words:(\d{1,5})")
 _EMPTY = " "  # stands in for a word in a text without words; no word equals it
 _SHOWN = 80  # characters of a text in a message
@@ -91,8 +95,16 @@ class TokenEncoder(TextEncoder):
     @torch.no_grad()
     def rows(self, text: str) -> Tensor:
         """Return the last hidden state of all tokens."""
-        tokens = self.tokenizer(text, add_special_tokens=True, return_tensors="pt").input_ids
+        tokens = self._tokens(text)
         self._demand_short(text, tokens.shape[1])  # attention over a whole book would take all memory
+        return self._hidden(tokens)
+
+    def _tokens(self, text: str) -> Tensor:
+        """Return the tokens of a text, special ones included, (1, rows)."""
+        return self.tokenizer(text, add_special_tokens=True, return_tensors="pt").input_ids
+
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        """Return the last hidden state of tokens (1, rows), float32 (rows, channels) on the CPU."""
         device = next(self.model.parameters()).device
         return self.model(input_ids=tokens.to(device)).last_hidden_state[0].float().cpu()
 
@@ -104,59 +116,78 @@ class UMT5(TokenEncoder):
 class Gemma2(TokenEncoder):
     """The decoder Gemma-2 as SANA has it: the last hidden state of the lower-cased text.
 
-    SANA's pipeline can put an instruction before the text, which changes the features; here there is none.
+    It may read an instruction before the text. Then the rows are those of the first token, of the
+    instruction's last token and of the text, as diffusers' SanaPipeline selects them. The empty text, which
+    guidance compares with, is read without an instruction.
     """
 
+    @torch.no_grad()
     def rows(self, text: str) -> Tensor:
-        return super().rows(text.lower())
+        text = text.lower()
+        if self.encoding.instruction is None or not text:
+            return super().rows(text)
+        before = instruction_text(self.encoding.instruction)
+        tokens, start = self._tokens(before + text), self._tokens(before).shape[1] - 1
+        self._demand_short(text, 1 + tokens.shape[1] - start)
+        hidden = self._hidden(tokens)
+        return torch.cat([hidden[:1], hidden[start:]])
 
 
 @dataclass(frozen=True)
-class _Pretrained:
+class _TokenModel:
     """A kind of text encoder of transformers.
 
     Attributes:
         encoder: of ours.
-        model: name of the class in transformers.
+        model: of transformers.
         channels: key of the configuration with the channels of a row.
-        sizes: keys of the configuration that decide the features.
-        doubled: tensors that are the same as others.
+        tokens: the most of a text, where nothing says otherwise.
+        instructed: whether it can read an instruction before a text.
     """
 
     encoder: type[TokenEncoder]
-    model: str
+    model: PretrainedModel
     channels: str
-    sizes: tuple[str, ...]
-    doubled: tuple[str, ...] = ()
+    tokens: int = DEFAULT_TOKENS
+    instructed: bool = False
 
 
 _KINDS = {
-    "umt5": _Pretrained(
+    "umt5": _TokenModel(
         UMT5,
-        "UMT5EncoderModel",
+        PretrainedModel(
+            "UMT5EncoderModel",
+            (
+                *("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj"),
+                *("layer_norm_epsilon", "relative_attention_num_buckets", "relative_attention_max_distance"),
+            ),
+            ("encoder.embed_tokens.weight",),  # shared.weight
+        ),
         "d_model",
-        (
-            *("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj"),
-            *("layer_norm_epsilon", "relative_attention_num_buckets", "relative_attention_max_distance"),
-        ),
-        ("encoder.embed_tokens.weight",),  # shared.weight
     ),
-    "gemma2": _Pretrained(
+    "gemma2": _TokenModel(
         Gemma2,
-        "Gemma2Model",
-        "hidden_size",
-        (
-            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-            *("num_key_value_heads", "head_dim", "hidden_activation", "rms_norm_eps", "rope_parameters"),
-            *("query_pre_attn_scalar", "attn_logit_softcapping", "sliding_window", "layer_types"),
+        PretrainedModel(
+            "Gemma2Model",
+            (
+                *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+                *("num_key_value_heads", "head_dim", "hidden_activation", "rms_norm_eps", "rope_parameters"),
+                *("query_pre_attn_scalar", "attn_logit_softcapping", "sliding_window", "layer_types"),
+            ),
         ),
+        "hidden_size",
+        tokens=300,  # of SANA
+        instructed=True,
     ),
 }
 """`model_type` of a configuration -> kind."""
 
 
 def load_text_encoder(
-    encoding: TextEncoding | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    encoding: TextEncoding | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    instruction: str | None = None,
 ) -> TextEncoder:
     """Open a text encoder.
 
@@ -164,21 +195,28 @@ def load_text_encoder(
         encoding: description in a recipe or an index, or the name alone. A name is `words:N` (N channels), a
             folder, or a name on the Hugging Face hub. A folder holds a UMT5EncoderModel or a Gemma2Model and
             its tokenizer, or both in text_encoder/ and tokenizer/. A name alone allows texts of up to 512
-            tokens.
+            tokens, of Gemma-2 300.
         device: of the weights.
         dtype: of the weights; None is bfloat16 on GPU, float32 elsewhere.
+        instruction: see TextEncoding; for a name alone.
 
     Raises:
         UserError: transformers is missing. The name does not exist. The model is neither umT5 nor Gemma-2.
             The weights are no safetensors or do not fit the configuration. Channels or sha256 differ from
-            `encoding`.
+            `encoding`. The instruction is unknown, or the encoder reads none.
     """
-    name = encoding if isinstance(encoding, str) else encoding.name
-    tokens = DEFAULT_TOKENS if isinstance(encoding, str) else encoding.tokens
-    if name.startswith("words:"):
-        found: TextEncoder = Words(TextEncoding(name, tokens, _word_channels(name), text_sha256(name)))
+    if isinstance(encoding, str):
+        name, tokens = encoding, None
     else:
-        found = _load_pretrained(name, tokens, device, dtype or default_dtype(device))
+        name, tokens, instruction = encoding.name, encoding.tokens, encoding.instruction
+    if instruction is not None:
+        instruction_text(instruction)  # refuses an unknown one before weights are read
+    if name.startswith("words:"):
+        _demand_instructed(name, instruction, False)
+        words = TextEncoding(name, tokens or DEFAULT_TOKENS, _word_channels(name), text_sha256(name))
+        found: TextEncoder = Words(words)
+    else:
+        found = _load_pretrained(name, tokens, instruction, device, dtype or default_dtype(device))
     if not isinstance(encoding, str):
         _demand_same(encoding, found.encoding)
     return found
@@ -239,7 +277,22 @@ def _demand_same(wanted: TextEncoding, found: TextEncoding) -> None:
         )
 
 
-def _load_pretrained(name: str, tokens: int, device: torch.device | str, dtype: torch.dtype) -> TokenEncoder:
+def _demand_instructed(name: str, instruction: str | None, instructed: bool) -> None:
+    if instruction is not None and not instructed:
+        kinds = ", ".join(kind for kind, found in _KINDS.items() if found.instructed)
+        raise UserError(
+            "text_encoder.instruction",
+            f"{name} reads no instruction before a text; leave it out, or take a model of type {kinds}",
+        )
+
+
+def _load_pretrained(
+    name: str,
+    tokens: int | None,
+    instruction: str | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> TokenEncoder:
     try:
         import transformers  # noqa: F401
     except ImportError as error:
@@ -254,118 +307,15 @@ def _load_pretrained(name: str, tokens: int, device: torch.device | str, dtype: 
             "like google/umt5-xxl",
         )
     address = str(Path(name).expanduser()) if local else name
-    config, place = _config(name, address)
+    config, place = open_config(name, address, tuple(_KINDS))
     kind = _KINDS[config["model_type"]]
-    model = _model(name, address, place, kind)
-    tokenizer = _tokenizer(name, address, place)
-    sha256 = _sha256(model, tokenizer, kind)
-    moved = nn.Module.to(model, device=device, dtype=dtype)
-    return kind.encoder(TextEncoding(name, tokens, int(config[kind.channels]), sha256), moved, tokenizer)
-
-
-def _config(name: str, address: str) -> tuple[dict[str, Any], str]:
-    """Return the configuration and the subfolder of the model.
-
-    The subfolder is empty or, in a pipeline, text_encoder.
-    """
-    from transformers import PretrainedConfig
-
-    reasons = []
-    for place in ("", "text_encoder"):
-        try:
-            with _quiet():
-                config, _ = PretrainedConfig.get_config_dict(address, subfolder=place)
-        except (OSError, ValueError, RuntimeError) as error:  # of transformers and of the hub
-            reasons.append(" ".join(str(error).split())[:200])
-            if "connect" in str(error).lower() or "offline" in str(error).lower():
-                break
-            continue
-        if config.get("model_type") in _KINDS:
-            return config, place
-        if config.get("model_type"):
-            raise UserError(
-                "text_encoder",
-                f"{name} is a model of type {config['model_type']}; supported are {' and '.join(_KINDS)}",
-            )
-        reasons.append("its config.json is of no text encoder")
-    raise UserError(
-        "text_encoder",
-        f"{name} is no folder of a UMT5EncoderModel or Gemma2Model here, and could not be fetched from the "
-        f"hub ({reasons[0]})",
+    _demand_instructed(name, instruction, kind.instructed)
+    model = open_weights(name, address, place, kind.model)
+    tokenizer = open_tokenizer(name, address, place)
+    sha256 = content_hash(model, tokenizer, kind.model)
+    if instruction is not None:
+        sha256 = hashlib.sha256(f"{sha256} {instruction_text(instruction)}".encode()).hexdigest()
+    encoding = TextEncoding(
+        name, tokens or kind.tokens, int(config[kind.channels]), sha256, instruction=instruction
     )
-
-
-def _model(name: str, address: str, place: str, kind: _Pretrained) -> nn.Module:
-    import transformers
-
-    try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
-            opened: Any = getattr(transformers, kind.model).from_pretrained(
-                address,
-                subfolder=place,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                dtype="auto",
-            )
-            model, info = opened
-    except Exception as error:  # noqa: BLE001  of four packages: transformers, safetensors, the hub, torch
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            "text_encoder", f"the weights of {name} cannot be read from a safetensors file ({reason})"
-        ) from error
-    wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
-    if wrong:
-        raise UserError(
-            "text_encoder",
-            f"the weights of {name} do not fit its config.json: {len(wrong)} are missing, e.g. {wrong[0]}",
-        )
-    check_finite(model.state_dict(), "text_encoder", f"{name}: ")
-    return model.eval().requires_grad_(False)
-
-
-def _tokenizer(name: str, address: str, place: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        with _quiet():
-            return AutoTokenizer.from_pretrained(
-                address, subfolder="tokenizer" if place else "", trust_remote_code=False
-            )
-    except Exception as error:  # noqa: BLE001  of transformers, tokenizers and the hub
-        reason = " ".join(str(error).split())[:200]
-        raise UserError("text_encoder", f"{name} has no tokenizer that can be read ({reason})") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the progress bar of transformers and its warnings about unused weights."""
-    from transformers.utils import logging
-
-    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
-
-
-def _sha256(model: nn.Module, tokenizer: Any, kind: _Pretrained) -> str:
-    """Return the sha256 of everything that decides the features.
-
-    These are sizes, vocabulary and weights (as float32).
-    It is the same for every copy, device and dtype.
-    """
-    config: Any = model.config
-    sizes = [getattr(config, key) for key in kind.sizes]
-    digest = hashlib.sha256(json.dumps([sizes, sorted(tokenizer.get_vocab().items())]).encode())
-    for key, tensor in sorted(model.state_dict().items()):
-        if key not in kind.doubled:
-            digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().float().contiguous().numpy())
-    return digest.hexdigest()
+    return kind.encoder(encoding, nn.Module.to(model, device=device, dtype=dtype), tokenizer)

@@ -20,7 +20,7 @@ def kind_of(index: ShardIndex) -> Kind:
     Raises DataError for a kind that this version cannot read.
     """
     if index.kind == "images":
-        return Images(max(1, len(index.classes)))
+        return Images(len(index.classes))
     if index.kind == "tokens" and index.length:
         return Tokens(index.length)
     if index.kind in ("latents", "video_latents") and index.vae:

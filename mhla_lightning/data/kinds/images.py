@@ -1,4 +1,7 @@
-"""Labelled images: KEY.jpg, KEY.png or KEY.webp, and KEY.cls."""
+"""Images: KEY.jpg, KEY.png or KEY.webp, and KEY.cls.
+
+Images with captions, KEY.txt or KEY.json, need no class; see captioned_images.py and `mhla data latents`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class Images(Kind):
     """Images as float32 (3, H, W) and labels as int64 ().
 
     Args:
-        classes: number of classes.
+        classes: number of classes; 0 where images have captions, for tools.
         size: (height, width) in pixels after the transformation.
         augmentation: of training and validation.
         seed: of the augmentation.
@@ -40,8 +43,8 @@ class Images(Kind):
         self._eval: Transform = eval_transform(self.size, self.augmentation)
 
     def inspect(self, sample: RawSample) -> tuple[Image.Image, int]:
-        """Return the RGB image and the label."""
-        return decode_image(sample), label_of(sample, self.classes)
+        """Return the RGB image and the label, 0 where images have captions."""
+        return decode_image(sample), label_of(sample, self.classes) if self.classes else 0
 
     def train(self, sample: RawSample, epoch: int) -> dict[str, Tensor]:
         """Augment by random numbers of (seed, epoch, index)."""

@@ -35,7 +35,7 @@ from mhla_lightning.data.modules.restoring import load_data
 from mhla_lightning.data.modules.trainer_limits import check_accumulation, check_callbacks, check_trainer
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import Remote, Store, open_store, with_cache
-from mhla_lightning.data.stream import EvalStream, TrainStream
+from mhla_lightning.data.stream import EvalPasses, EvalStream, TrainStream
 from mhla_lightning.errors import DataError, UserError, inside
 
 log = logging.getLogger(__name__)
@@ -210,10 +210,13 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
         """The training data in its order."""
         if self._corpus is None:
             group = self.batch_size if self.order.mix_by == "batch" else 1
-            self._corpus = TrainCorpus(
-                self.splits("train"), self.sources, self.seed, self.order.lanes, self.order.window, group
-            )
+            self._corpus = self._train_corpus(self.splits("train"), self.sources, group)
         return self._corpus
+
+    def _train_corpus(
+        self, splits: Sequence[Split], sources: Sequence[DataSource], group: int
+    ) -> TrainCorpus:
+        return TrainCorpus(splits, sources, self.seed, self.order.lanes, self.order.window, group)
 
     @property
     def samples(self) -> int:
@@ -273,7 +276,7 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
     def consumed_by_source(self) -> dict[str, int]:
         """Return the training samples already consumed, by the source's name."""
         counts = self.corpus.mixture.counts(self.consumed)
-        return {source.label: count for source, count in zip(self.sources, counts, strict=True)}
+        return {source.label: count for source, count in zip(self.corpus.sources, counts, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the sequence of samples and the arguments that define the sequence.
@@ -468,12 +471,17 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
         return self._eval_loader("test" if self.splits("test") else "val")
 
     def _eval_loader(self, name: str) -> wds.WebLoader | PlainLoader:
-        place, index, corpus = self._rank(), self.index(name), Corpus(self.splits(name))
+        stream = self._eval_stream(name)
+        loader = self._loader(stream, min(self.reading.num_workers, stream.batches), stream.batches)
+        return loader if self.trainer is not None else PlainLoader(lambda _: loader, stream.batches)
+
+    def _eval_stream(self, name: str) -> EvalStream | EvalPasses:
+        place = self._rank()
         with inside("data"):
             micro, _ = self.micro_batch(place.world_size)
-        stream = EvalStream(
-            corpus,
-            self.kind(index),
+        return EvalStream(
+            self._eval_corpus(name),
+            self.kind(self.index(name)),
             micro,
             place.rank,
             place.world_size,
@@ -481,8 +489,9 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
             self._kinds(name),
             self._draw(training=False),
         )
-        loader = self._loader(stream, min(self.reading.num_workers, stream.batches), stream.batches)
-        return loader if self.trainer is not None else PlainLoader(lambda _: loader, stream.batches)
+
+    def _eval_corpus(self, name: str) -> Corpus:
+        return Corpus(self.splits(name))
 
     def _kinds(self, name: str) -> tuple[Kind, ...]:
         """Return a kind for each source that has this split, where each batch is of one source."""
@@ -490,7 +499,9 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
             return ()
         return tuple(self.kind(split.index) for split in self.splits(name))
 
-    def _loader(self, stream: TrainStream | EvalStream, workers: int, batches: int | None) -> wds.WebLoader:
+    def _loader(
+        self, stream: TrainStream | EvalStream | EvalPasses, workers: int, batches: int | None
+    ) -> wds.WebLoader:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         loader = build_loader(stream, workers, self.loading, on_gpu, batches)
         self._loaders.append(loader)

@@ -20,8 +20,8 @@ from mhla_lightning.errors import DataError
 class CaptionedImageDataModule(TextConditioned, ImageDataModule):
     """Images in pixels, and features of their captions, encoded while loading.
 
-    The shards are those of labelled images whose samples also have KEY.txt. Batches hold `image`, float32
-    (B, 3, H, W), and `text`, float32 (B, tokens, channels), zero-padded.
+    Samples of the shards are images with KEY.txt, and perhaps KEY.cls, which evaluation uses. Batches hold
+    `image`, float32 (B, 3, H, W), and `text`, float32 (B, tokens, channels), zero-padded.
 
     Args:
         text_encoder: the encoder of captions: words:N. Others are too slow here; latents keep their features.

@@ -4,26 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mhla_lightning.data.corpus import DataSource
+from mhla_lightning.data.ahead import EvaluatesSizes
+from mhla_lightning.data.buckets import PartOfSplit, image_sizes, keep_image_sizes, nearest_by_aspect
+from mhla_lightning.data.corpus import Corpus, DataSource, TrainCorpus
 from mhla_lightning.data.index import INDEX_NAME, SPLITS, ShardIndex
-from mhla_lightning.data.kinds import Images
+from mhla_lightning.data.kinds import Images, Kind
 from mhla_lightning.data.modules.advice import Pixels, StartsFromWeights, advice_on_pixels, advice_on_start
 from mhla_lightning.data.modules.base import ShardDataModule
-from mhla_lightning.data.modules.options import ORDER, OrderConfig, ReadingConfig
+from mhla_lightning.data.modules.options import ORDER, BucketConfig, OrderConfig, ReadingConfig
 from mhla_lightning.data.skips import BadSample
+from mhla_lightning.data.split import Split
+from mhla_lightning.data.stream import EvalPasses, EvalStream
 from mhla_lightning.data.transforms import Augmentation, image_hw
-from mhla_lightning.errors import DataError
+from mhla_lightning.errors import DataError, UserError
 
 READING = ReadingConfig(num_workers=4)
 _MEASURED = 32  # images whose pixels are compared with the normalisation
 _THUMBNAIL = (64, 64)  # pixels; statistics of larger images are the same
+
+
+class _Part(NamedTuple):
+    """The images of a source that belong to a bucket; the source has its share as weight."""
+
+    split: Split
+    source: DataSource
+    size: tuple[int, int]
 
 
 class ImageDataModule(ShardDataModule):
@@ -33,8 +46,10 @@ class ImageDataModule(ShardDataModule):
         path, mix, batch_size, micro_batch_size, epochs, order, reading: see :class:`ShardDataModule`.
         image_size: height and width in pixels, one number or a pair.
         augmentation: preprocessing of training and validation; None is the ImageNet recipe of DeiT.
-        source: raw data that prepare_data packs into `path` when `path` holds no shards yet, e.g. mnist, a
-            folder, torchvision:CIFAR10.
+        source: raw data that prepare_data packs into `path` when `path` holds no shards yet, e.g. mnist,
+            fashion_mnist, a folder, torchvision:CIFAR10.
+        buckets: sizes of the training images, one for every optimizer step, see :class:`BucketConfig`; None
+            trains at image_size. Ratios of `augmentation` are then relative to the bucket's own.
     """
 
     def __init__(
@@ -49,12 +64,118 @@ class ImageDataModule(ShardDataModule):
         mix: list[DataSource] | None = None,
         order: OrderConfig = ORDER,
         reading: ReadingConfig = READING,
+        buckets: BucketConfig | None = None,
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
         super().__init__(path, mix, batch_size, micro_batch_size, epochs, order, reading)
         self._take_source(source, path)
         self.image_size, self.augmentation = image_hw(image_size), augmentation or Augmentation()
         Images(1, self.image_size, self.augmentation)  # refuses an unknown policy before training
+        self.buckets = buckets
+        self._parts_made: dict[str, list[_Part]] = {}
+        if buckets is not None and order.mix_by == "batch":
+            raise UserError(
+                "order.mix_by", "every step has one bucket anyway, and may mix sources; write sample"
+            )
+        if self._by_aspect and any("://" in source.path for source in self.sources):
+            raise UserError(
+                "buckets.assign",
+                "aspect reads the header of every image, so the shards must be on this machine",
+            )
+
+    @property
+    def _by_aspect(self) -> bool:
+        return self.buckets is not None and self.buckets.assign == "aspect"
+
+    def prepare_data(self) -> None:
+        """Pack `source`, and measure the images where buckets need their sizes."""
+        super().prepare_data()
+        if self._by_aspect and self.is_ready():
+            for name in SPLITS:
+                for source in self.sources:
+                    split = self.split(name, source)
+                    if split is not None:
+                        keep_image_sizes(split, Path(source.path, name))
+
+    def _parts(self, name: str) -> list[_Part]:
+        """Return what belongs to every bucket of every source. Raises UserError for a bucket of too few."""
+        assert self.buckets is not None
+        if name not in self._parts_made:
+            found: list[_Part] = []
+            for source in self.sources:
+                split = self.split(name, source)
+                if split is not None:
+                    found += self._parts_of(split, source, self.buckets)
+            self._parts_made[name] = found
+        return self._parts_made[name]
+
+    def _parts_of(self, split: Split, source: DataSource, buckets: BucketConfig) -> list[_Part]:
+        alone, sizes, parts = len(self.sources) == 1, buckets.pairs, list[_Part]()
+        owner = nearest_by_aspect(image_sizes(split), sizes) if self._by_aspect else None
+        for number, size in enumerate(sizes):
+            label = "x".join(map(str, size)) if alone else f"{source.label}/{'x'.join(map(str, size))}"
+            chosen = None if owner is None else np.flatnonzero(owner == number)
+            share = 1 / len(sizes) if chosen is None else len(chosen) / split.samples
+            if share:
+                whole = split if chosen is None else PartOfSplit(split, chosen)
+                named = replace(source, name=label, weight=source.weight * share)
+                parts.append(_Part(whole, named, size))
+        return parts
+
+    @property
+    def corpus(self) -> TrainCorpus:
+        """The training data in its order; with buckets, every bucket is a source of its own."""
+        if self._corpus is None and self.buckets is not None:
+            parts = self._parts("train")
+            try:
+                self._corpus = self._train_corpus(
+                    [part.split for part in parts], [part.source for part in parts], self.batch_size
+                )
+            except UserError as error:
+                counts = ", ".join(f"{part.source.label}: {part.split.samples}" for part in parts)
+                raise UserError(
+                    "buckets.sizes", f"{error.reason}; images by bucket: {counts}; leave out those of too few"
+                ) from error
+        return super().corpus
+
+    def _kinds(self, name: str) -> tuple[Kind, ...]:
+        if self.buckets is None or not (name == "train" or self._by_aspect):
+            return super()._kinds(name)
+        classes = len(self.index().classes)
+        kinds = {size: Images(classes, size, self._stretched(size), self.seed) for size in self.buckets.pairs}
+        return tuple(kinds[part.size] for part in self._parts(name))
+
+    def _stretched(self, size: tuple[int, int]) -> Augmentation:
+        """Return the augmentation whose crops have about the ratio of sides of a size."""
+        low, high = self.augmentation.ratio
+        return replace(self.augmentation, ratio=(low * size[1] / size[0], high * size[1] / size[0]))
+
+    def _eval_corpus(self, name: str) -> Corpus:
+        return (
+            Corpus([part.split for part in self._parts(name)])
+            if self._by_aspect
+            else super()._eval_corpus(name)
+        )
+
+    def _eval_stream(self, name: str) -> EvalStream | EvalPasses:
+        """Return the pass at image_size, and one at every further size that the model is evaluated at."""
+        first = super()._eval_stream(name)
+        module = None if self.trainer is None or self.trainer.predicting else self.trainer.lightning_module
+        sizes = module.eval_sizes if isinstance(module, EvaluatesSizes) else ()
+        if not sizes or not isinstance(first, EvalStream):
+            return first
+        classes, corpus = len(self.index(name).classes), super()._eval_corpus(name)
+        kinds = [Images(classes, image_hw(size), self.augmentation, self.seed) for size in sizes]
+        more = [replace(first, corpus=corpus, kind=kind, kinds=()) for kind in kinds]
+        return EvalPasses([first, *more])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, and the buckets that the sequence depends on."""
+        if self.buckets is None:
+            return super().state_dict()
+        sizes = [list(size) for size in self.buckets.pairs]
+        buckets = {"sizes": sizes, "assign": self.buckets.assign, "batch_size": self.batch_size}
+        return {**super().state_dict(), "buckets": buckets}
 
     def _pack(self, source: str, folder: Path) -> None:
         from mhla_lightning.data.prepare.pack import pack
@@ -124,4 +245,13 @@ class ImageDataModule(ShardDataModule):
 
     def facts(self) -> dict[str, Any]:
         """Return the kind, the number of classes, and (height, width) of the images."""
-        return {"kind": "images", "classes": self.num_classes, "image_size": self.image_size}
+        facts = {"kind": "images", "classes": self.num_classes, "image_size": self.image_size}
+        return facts if self.buckets is None else {**facts, "sizes": self._shares()}
+
+    def _shares(self) -> dict[tuple[int, int], float]:
+        """Return the share of the training samples of every size that has some."""
+        parts = self._parts("train")
+        total, shares = sum(part.source.weight for part in parts), dict[tuple[int, int], float]()
+        for part in parts:
+            shares[part.size] = shares.get(part.size, 0.0) + part.source.weight / total
+        return shares

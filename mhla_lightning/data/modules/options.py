@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,6 +11,7 @@ from mhla_lightning.data.loader import Loading
 from mhla_lightning.data.order import LANES, WINDOW
 from mhla_lightning.data.prepare.text.layout import Packing
 from mhla_lightning.data.stores import Remote
+from mhla_lightning.data.transforms import image_hw
 from mhla_lightning.errors import UserError, unknown_name
 
 MixBy = Literal["sample", "batch"]
@@ -117,6 +119,39 @@ class ClipConfig:
         """Raise UserError for a flip that is no probability."""
         if not 0 <= self.flip <= 1:
             raise UserError("clips.flip", f"{self.flip} is no probability; it must be from 0 to 1")
+
+
+Assign = Literal["all", "aspect"]
+
+
+@dataclass(frozen=True)
+class BucketConfig:
+    """Sizes of training images; all images of an optimizer step have one of them.
+
+    Args:
+        sizes: in pixels, numbers or [height, width]; every one is a bucket.
+        assign: `all` brings every image in every size, and the sizes equally often. `aspect` brings an image
+            in the size of the nearest ratio of sides only, and the sizes as often as they have images.
+    """
+
+    sizes: Sequence[int | Sequence[int]]
+    assign: Assign = "all"
+
+    def __post_init__(self) -> None:
+        """Raise UserError for no size, a size twice, or another way to assign."""
+        if self.assign not in get_args(Assign):
+            raise UserError("buckets.assign", unknown_name("value", self.assign, get_args(Assign)))
+        if not self.sizes:
+            raise UserError(
+                "buckets.sizes", "the list is empty; give at least one size, or leave out `buckets`"
+            )
+        if len(set(self.pairs)) < len(self.sizes):
+            raise UserError("buckets.sizes", f"{list(self.sizes)} has a size twice; every size is one bucket")
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every size."""
+        return tuple(image_hw(size, "buckets.sizes") for size in self.sizes)  # type: ignore[arg-type]
 
 
 def _demand_least(section: str, values: dict[str, tuple[int, int]]) -> None:

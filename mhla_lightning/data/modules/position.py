@@ -10,6 +10,7 @@ from mhla_lightning.errors import UserError
 # The key of a position in a checkpoint -> the argument that gives it.
 _ARGUMENTS = {
     "format": None,
+    "buckets": "buckets",
     "seed": "order.seed",
     "lanes": "order.lanes",
     "window": "order.window",
@@ -29,8 +30,9 @@ def check_position(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     Raises:
         UserError: the first argument that differs.
     """
-    # Older checkpoints have no mix_by.
-    own, state = {"mix_by": "sample"} | dict(own), {"mix_by": "sample"} | dict(state)
+    # Most checkpoints have no mix_by and no buckets.
+    usual = {"mix_by": "sample", "buckets": None}
+    own, state = usual | dict(own), usual | dict(state)
     for key, argument in _ARGUMENTS.items():
         if key in state and state[key] != own[key]:
             raise UserError(

@@ -51,6 +51,7 @@ class Facts:
         vae: what made the latents; its shape is read from them.
         tokenizer: its name.
         rate: of clips, frames a second; the last resort are the clips' own files.
+        captioned: whether images have captions, KEY.txt or KEY.json, instead of classes.
     """
 
     kind: str | None = None
@@ -58,6 +59,7 @@ class Facts:
     vae: VAE | None = None
     tokenizer: str | None = None
     rate: float | None = None
+    captioned: bool = False
 
     def __post_init__(self) -> None:
         """Raise UserError for an unknown kind or an impossible rate."""
@@ -67,6 +69,11 @@ class Facts:
             )
         if self.kind is not None and self.kind not in KINDS:
             raise UserError("kind", unknown_name("kind", self.kind, KINDS))
+        if self.captioned and (self.classes is not None or self.kind not in (None, "images")):
+            foreign = "classes" if self.classes is not None else "kind"
+            raise UserError(
+                foreign, "it contradicts `captioned`: images with captions, which have no classes"
+            )
 
 
 def index_shards(
@@ -98,7 +105,8 @@ def index_shards(
         surveys: dict[str, list[Survey]] = {}
         kind = facts.kind
         for name, folder in folders.items():
-            surveys[name] = _survey(name, folder, work[name], kind, workers, on_progress or (lambda *_: None))
+            job = SurveyJob(folder, "images" if facts.captioned else kind, work[name], facts.captioned)
+            surveys[name] = _survey(name, job, workers, on_progress or (lambda *_: None))
             kind = surveys[name][0].kind
         labels = max(survey.labels for found in surveys.values() for survey in found)
         indices = {name: _index(folders[name], found, facts, labels) for name, found in surveys.items()}
@@ -215,23 +223,28 @@ def _work_folders(folders: dict[str, Path]) -> Iterator[dict[str, Path]]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _survey(
-    name: str, folder: Path, work: Path, kind: str | None, workers: int, on_progress: OnProgress
-) -> list[Survey]:
-    """Read all shards of a split, by name; the first one decides on the kind."""
-    paths = tar_files(folder)
+def _survey(name: str, split: SurveyJob, workers: int, on_progress: OnProgress) -> list[Survey]:
+    """Read all shards of a split, by name; the first one decides on the kind.
+
+    Args:
+        name: of the split.
+        split: the job of all shards, with the folder as its path.
+        workers: processes.
+        on_progress: called with the split, its shards done and its shards in all.
+    """
+    paths = tar_files(split.path)
     on_progress(name, 0, len(paths))
-    first = survey_shard(SurveyJob(paths[0], kind, work))
+    first = survey_shard(replace(split, path=paths[0]))
     found = [first]
     with closing(
-        run_jobs(survey_shard, [SurveyJob(path, first.kind, work) for path in paths[1:]], workers)
+        run_jobs(survey_shard, [replace(split, path=path, kind=first.kind) for path in paths[1:]], workers)
     ) as results:
         for survey in results:
             found.append(survey)
             on_progress(name, len(found), len(paths))
     on_progress(name, len(found), len(paths))
     found.sort(key=lambda survey: survey.entry.name)
-    _demand_alike(folder, found)
+    _demand_alike(split.path, found)
     return found
 
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mhla_lightning.data.columns import PADDING
 from mhla_lightning.data.index import INDEX_NAME, ShardIndex, read_index
 from mhla_lightning.data.kinds import Kind, kind_of
+from mhla_lightning.data.members import RawSample
 from mhla_lightning.data.prepare.places import find_splits
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.split import Split
@@ -181,21 +182,31 @@ def clip_pictures(clip: np.ndarray) -> list[Image.Image]:
 
 def _tile(kind: Kind, data: Split, sample: int) -> tuple[list[Image.Image], str, bool]:
     try:
-        found = kind.inspect(kind.read(data, [sample])[0])
+        raw = kind.read(data, [sample])[0]
+        found = kind.inspect(raw)
     except BadSample:
         return [_unreadable()], f"{sample}: unusable", False
     if isinstance(found, tuple):
         image, label = found
-        return [image], f"{sample}: {_class_name(data.index, label)}", True
+        shown = _class_name(data.index, label) if data.index.classes else _caption(raw)
+        return [image], f"{sample}: {shown}", True
     assert isinstance(found, dict)
     if "clip" in found:
-        return clip_pictures(found["clip"]), f"{sample}: {' '.join(str(found['caption']).split())}", True
-    label = (
-        f"{sample}: {_class_name(data.index, int(found['label']))}"
-        if "label" in found
-        else f"{sample}: text {found['text'].shape}"
-    )
-    return latent_pictures(found["latent"]), label, True
+        return clip_pictures(found["clip"]), f"{sample}: {_one_line(str(found['caption']))}", True
+    if "label" in found:
+        shown = _class_name(data.index, int(found["label"]))
+    else:
+        shown = _caption(raw) or f"text {found['text'].shape}"
+    return latent_pictures(found["latent"]), f"{sample}: {shown}", True
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _caption(raw: RawSample) -> str:
+    """Return the member txt of a sample in one line, empty without one."""
+    return _one_line(raw.get("txt", b"").decode(errors="replace"))
 
 
 def _class_name(index: ShardIndex, label: int) -> str:

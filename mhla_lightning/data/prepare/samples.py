@@ -70,6 +70,7 @@ def latent_sample(
     *,
     label: int | None = None,
     text: np.ndarray | None = None,
+    caption: str | None = None,
 ) -> Sample:
     """Make a sample of a latent with its class number or its text features.
 
@@ -79,6 +80,7 @@ def latent_sample(
         latent: floats of header.vae.shape, as the VAE gives them, neither shifted nor scaled.
         label: class number; None where the header has no classes.
         text: floats (tokens, channels); None where the header has classes.
+        caption: that the features are of, for people who look at the sample; None leaves it out.
 
     Raises:
         DataError: another shape or type, NaN or infinite values, or the wrong condition.
@@ -103,7 +105,8 @@ def latent_sample(
     condition = (
         {"text.npy": npy_bytes(text)} if text is not None else {"cls": _label(header, name, int(label or 0))}
     )
-    return Sample(name, {"latent.npy": npy_bytes(latent)} | condition)
+    shown = {} if caption is None else {"txt": caption.encode()}
+    return Sample(name, {"latent.npy": npy_bytes(latent)} | condition | shown)
 
 
 def token_samples(

@@ -53,11 +53,13 @@ class SurveyJob:
         path: of the tar file.
         kind: kind of its samples; None finds out.
         to: folder for its offsets.
+        captioned: whether images have captions instead of classes.
     """
 
     path: Path
     kind: str | None
     to: Path
+    captioned: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def survey_shard(job: SurveyJob) -> Survey:
             if not scan.keys:
                 raise DataError(address, "holds no samples; remove it")
             first = _sample(file, scan, 0, address)
-            kind, shape = _kind(first, address)
+            kind, shape = _kind(first, address, job.captioned)
             clip = _clip(first, address) if kind == "clips" else None
             if job.kind not in (None, kind):
                 raise DataError(
@@ -111,7 +113,7 @@ def survey_shard(job: SurveyJob) -> Survey:
                 )
             members = token_members(file, scan, address) if kind == "tokens" else None
             offsets = row_offsets(scan, members) if members else scan.offsets
-            labelled = not members and clip is None and "cls" in first
+            labelled = not members and clip is None and "cls" in first and not job.captioned
             looked = _look(file, scan, kind, address) if labelled else Looked()
             file.seek(0)
             entry = ShardEntry(job.path.name, len(offsets) - 1, job.path.stat().st_size, sha256_of(file))
@@ -138,7 +140,7 @@ def _sample(file: BinaryIO, scan: Scan, number: int, address: str) -> RawSample:
     return parse_sample(file.read(stop - start), address, number)
 
 
-def _kind(sample: RawSample, address: str) -> tuple[str, tuple[int, ...]]:
+def _kind(sample: RawSample, address: str, captioned: bool) -> tuple[str, tuple[int, ...]]:
     """Return the kind of a sample, and the shape of its latent."""
     what = f"sample {sample['__key__']}"
     members = {name for name in sample if not name.startswith("__")}
@@ -156,7 +158,7 @@ def _kind(sample: RawSample, address: str) -> tuple[str, tuple[int, ...]]:
         return "clips", ()
     image = next((name for name in IMAGE_EXTENSIONS if name in members), None)
     if image is not None and image_extension(sample[image]) is not None:
-        _demand(address, what, members, "cls")
+        _demand(address, what, members, *(("txt", "json") if captioned else ("cls",)))
         return "images", ()
     found = ", ".join(sorted(members))
     if image is not None:
@@ -184,7 +186,8 @@ def _clip(sample: RawSample, address: str) -> ClipFacts:
 def _demand(address: str, what: str, members: set[str], *wanted: str) -> None:
     if not members & set(wanted):
         others = [name for name in ("json", "txt") if name in members]
-        read = f"; labels in {' or '.join(f'KEY.{name}' for name in others)} are not read" if others else ""
+        named = " or ".join(f"KEY.{name}" for name in others)
+        read = f"; labels in {named} are not read, and captions only with `captioned`" if others else ""
         raise DataError(
             address,
             f"{what} has the members {', '.join(sorted(members))} and lacks {' or '.join(wanted)}"

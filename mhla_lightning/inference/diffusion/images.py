@@ -21,9 +21,8 @@ from mhla_lightning.diffusion.drawing import Key, draw_samples
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.diffusion.drawing import check_guided_channels
 from mhla_lightning.inference.diffusion.parts import batches
-from mhla_lightning.inference.rebuilding import load_backbone, rebuild
-from mhla_lightning.inference.weights import FoundRun, find_weights
-from mhla_lightning.runs.folder import find_run, runs_root
+from mhla_lightning.inference.rebuilding import load_backbone, open_run, rebuild
+from mhla_lightning.inference.weights import FoundRun
 from mhla_lightning.tasks.image_diffusion import ImageDiffusionTask
 from mhla_lightning.weights.adapted import AdaptsWeights
 
@@ -76,27 +75,25 @@ def find_image_run(
     """Find a run and its checkpoint, and build the task without weights.
 
     Args:
-        run: id or folder.
-        runs: folder of all run folders; None means $MHLA_RUNS, else ./runs.
-        ckpt: a step or a checkpoint folder; None means the newest.
-        ema: take the averaged weights where the checkpoint has them.
+        run, runs, ckpt, ema: see :func:`open_run`.
         size: height and width of the images in pixels; None means as in training.
 
     Raises:
         UserError: no such run or checkpoint, no image diffusion model, or a size that it cannot draw.
     """
-    folder = find_run(run, runs_root(runs))
-    built = rebuild(folder, ImageDiffusionTask, _NEEDED)
-    task, data = cast(ImageDiffusionTask, built.task), cast("Pixels", built.data)
+    opened = open_run(run, ImageDiffusionTask, _NEEDED, runs, ckpt, ema)
+    task, data = opened.task, cast("Pixels", opened.data)
     if size is not None:
         with _of_the_size(size):
             wanted = data.sample_size(*size)
             other = wanted != tuple(task.sample_shape[1:])
             if other:
-                resized = rebuild(folder, ImageDiffusionTask, _NEEDED, partial(_with_input_size, wanted))
+                resized = rebuild(
+                    opened.folder, ImageDiffusionTask, _NEEDED, partial(_with_input_size, wanted)
+                )
                 task = cast(ImageDiffusionTask, resized.task)
         size = size if other else None
-    return ImageRun(folder, find_weights(folder, ckpt, ema), task, data, size)
+    return ImageRun(opened.folder, opened.weights, task, data, size)
 
 
 _NEEDED = "sampling images needs an image diffusion model"

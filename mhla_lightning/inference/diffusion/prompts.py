@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class TextCache:
 
     def file(self, text: str) -> Path:
         """Return the file with the features of a text."""
-        identity = json.dumps([asdict(self.encoding), text], sort_keys=True)
+        identity = json.dumps([self.encoding.facts(), text], sort_keys=True)
         return self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
 
     def encode(

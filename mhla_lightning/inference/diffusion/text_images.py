@@ -6,8 +6,7 @@ and with any number of processes.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,35 +15,24 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from mhla_lightning.diffusion import Guidance, check_sampler
 from mhla_lightning.diffusion.drawing import Key, draw_samples
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.diffusion.drawing import check_guided_channels
-from mhla_lightning.inference.diffusion.parts import (
-    TEXT,
-    Draw,
-    batches,
-    claim,
-    draw_parts,
-    drawn_part,
-    part_file,
-    read_npy,
-    write_npy,
-)
-from mhla_lightning.inference.diffusion.prompts import Prompt, TextCache
+from mhla_lightning.inference.diffusion.parts import Draw, drawn_part, part_file, write_npy
+from mhla_lightning.inference.diffusion.prompted import Opened, PromptedJob, draw_prompted
+from mhla_lightning.inference.diffusion.prompts import Prompt
 from mhla_lightning.inference.diffusion.video_files import file_name
-from mhla_lightning.inference.rebuilding import load_backbone, rebuild
-from mhla_lightning.inference.weights import FoundRun, find_weights
-from mhla_lightning.runs.folder import FORMAT, find_run, replacing, runs_root, write_json
+from mhla_lightning.inference.rebuilding import load_backbone, open_run
+from mhla_lightning.inference.weights import FoundRun
+from mhla_lightning.runs.folder import FORMAT, replacing, write_json
 from mhla_lightning.tasks import TextToImageTask
 
 if TYPE_CHECKING:
     from mhla_lightning.data.modules.latents import LatentDataModule
 
 LIST = "samples.json"
-_EMPTY = Prompt("", "the empty prompt")
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,7 @@ class TextDrawing:
 
 
 @dataclass(frozen=True)
-class TextImageJob:
+class TextImageJob(PromptedJob):
     """Which images to draw.
 
     Attributes:
@@ -98,22 +86,16 @@ class TextImageJob:
     batch_size: int
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        """Return the prompt of every image."""
-        return tuple(prompt.text for prompt in self.prompts for _ in range(self.each))
+    def of(self) -> TextImageRun:
+        return self.found
+
+    @property
+    def copies(self) -> int:
+        return self.each
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the images depend on, as JSON values."""
-        encoder = self.found.data.text_encoder
-        given = {
-            **self.found.identity(),
-            **asdict(self.drawing),
-            "text_encoder": None if encoder is None else asdict(encoder),
-            "batch_size": self.batch_size,
-            "each": self.each,
-            "prompts": [prompt.text for prompt in self.prompts],
-        }
-        return json.loads(json.dumps(given))
+        return self.settings_of(asdict(self.drawing), {"each": self.each})
 
 
 def find_text_image_run(
@@ -122,19 +104,14 @@ def find_text_image_run(
     """Find a run and its checkpoint, and build the task without weights.
 
     Args:
-        run: id or folder.
-        runs: folder of all run folders; None means $MHLA_RUNS, else ./runs.
-        ckpt: a step or a checkpoint folder; None means the newest.
-        ema: take the averaged weights where the checkpoint has them.
+        run, runs, ckpt, ema: see :func:`open_run`.
 
     Raises:
         UserError: no such run or checkpoint, or no text-to-image model.
     """
-    folder = find_run(run, runs_root(runs))
-    built = rebuild(folder, TextToImageTask, "drawing images of prompts needs a text-to-image model")
-    return TextImageRun(
-        folder, find_weights(folder, ckpt, ema), cast(TextToImageTask, built.task), cast(Any, built.data)
-    )
+    needed = "drawing images of prompts needs a text-to-image model"
+    opened = open_run(run, TextToImageTask, needed, runs, ckpt, ema)
+    return TextImageRun(opened.folder, opened.weights, opened.task, cast(Any, opened.data))
 
 
 def sample_shape(found: TextImageRun, size: tuple[int, int] | None) -> tuple[int, ...]:
@@ -187,43 +164,24 @@ def draw_text_images(
     check_sampler(drawing.sampler, found.task.process, drawing.steps)
     check_guided_channels(found.run, drawing.guidance, found.task.sample_shape[0])
     shape = sample_shape(found, drawing.size)
-    if found.data.text_encoder is None:
-        raise UserError(found.run.run_id, "its recipe has no data.text_encoder to encode prompts with")
-    cache = TextCache(folder / TEXT, found.data.text_encoder)
-    features = cache.encode([*job.prompts, _EMPTY], device, on_prompt)
-    claim(folder, job.settings(), "images")
-    cache.keep(features)
-    parts = {images: part_file(folder, images) for images in batches(len(job.texts), job.batch_size)}
-    missing = [images for images, file in parts.items() if read_npy(file) is None]
-    on_batch(len(job.texts) - sum(map(len, missing)))
-    run = (str(found.run.path), str(found.checkpoint), found.averaged)
-    draw_parts(partial(_open, run, job.texts, shape, drawing, folder), missing, processes, device, on_batch)
-    images = np.concatenate([drawn_part(file) for file in parts.values()])
+    make = partial(_open, shape, drawing)
+    work = draw_prompted(job, folder, "images", make, processes, device, on_batch, on_prompt)
+    images = np.concatenate([drawn_part(part_file(folder, batch)) for batch in work])
     _finish(job, folder, images)
     return images
 
 
-def _open(
-    run: tuple[str, str, bool],
-    texts: Sequence[str],
-    shape: tuple[int, ...],
-    drawing: TextDrawing,
-    folder: Path,
-    device: torch.device,
-) -> Draw:
-    found = find_text_image_run(run[0], ckpt=run[1], ema=run[2])
-    assert found.data.text_encoder is not None
+def _open(shape: tuple[int, ...], drawing: TextDrawing, job: Opened, device: torch.device) -> Draw:
+    found = find_text_image_run(job.run, ckpt=job.checkpoint, ema=job.averaged)
     task = load_backbone(found.task, found.weights, device)
-    cache = TextCache(folder / TEXT, found.data.text_encoder)
-    null: Tensor = cache.read([_EMPTY.text])[0]
+    features = job.features(found.data.text_encoder)
 
     def draw(images: range) -> None:
         keys: list[Key] = [(drawing.seed, "sample", image) for image in images]
-        text = cache.read([texts[image] for image in images])
         # On a GPU the model computes in bfloat16, as SANA's released weights.
         with torch.autocast(task.device.type, torch.bfloat16, enabled=task.device.type == "cuda"):
-            drawn = draw_samples(task, text, null, shape, keys, drawing)
-        write_npy(part_file(folder, images), found.data.to_images(drawn).cpu().numpy())
+            drawn = draw_samples(task, features.of(images), features.null, shape, keys, drawing)
+        write_npy(part_file(job.folder, images), found.data.to_images(drawn).cpu().numpy())
 
     return draw
 

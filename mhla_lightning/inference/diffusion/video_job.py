@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,18 +12,9 @@ import numpy as np
 import torch
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.inference.diffusion.parts import (
-    TEXT,
-    Draw,
-    batches,
-    claim,
-    draw_parts,
-    drawn_part,
-    part_file,
-    read_npy,
-    write_npy,
-)
-from mhla_lightning.inference.diffusion.prompts import Prompt, TextCache
+from mhla_lightning.inference.diffusion.parts import Draw, drawn_part, part_file, write_npy
+from mhla_lightning.inference.diffusion.prompted import Opened, PromptedJob, draw_prompted
+from mhla_lightning.inference.diffusion.prompts import Prompt
 from mhla_lightning.inference.diffusion.video_files import (
     file_name,
     require_av,
@@ -43,12 +33,11 @@ from mhla_lightning.inference.diffusion.videos import (
 from mhla_lightning.runs.folder import FORMAT, write_json
 
 SHEET, LIST = "sheet.png", "samples.json"
-_EMPTY = Prompt("", "the empty prompt")
 _SHEET_ROWS = 64  # videos on the contact sheet at most
 
 
 @dataclass(frozen=True)
-class VideoJob:
+class VideoJob(PromptedJob):
     """Which videos to draw.
 
     Attributes:
@@ -68,28 +57,17 @@ class VideoJob:
     rate: float
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        """Return the prompt of every video."""
-        return tuple(prompt.text for prompt in self.prompts for _ in range(self.clips))
+    def of(self) -> VideoRun:
+        return self.found
+
+    @property
+    def copies(self) -> int:
+        return self.clips
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the videos depend on, as JSON values."""
-        encoder = self.found.data.text_encoder
-        drawing = {
-            **asdict(self.drawing),
-            "size": tuple(self.drawing.size),
-            "text_encoder": None if encoder is None else asdict(encoder),
-        }
-        prompts = [prompt.text for prompt in self.prompts]
-        given = {
-            **self.found.identity(),
-            **drawing,
-            "batch_size": self.batch_size,
-            "rate": self.rate,
-            "clips": self.clips,
-            "prompts": prompts,
-        }
-        return json.loads(json.dumps(given))
+        drawing = {**asdict(self.drawing), "size": tuple(self.drawing.size)}
+        return self.settings_of(drawing, {"rate": self.rate, "clips": self.clips})
 
 
 def frame_rate(found: VideoRun, rate: float | None) -> float:
@@ -142,49 +120,28 @@ def draw_videos(
     """
     require_av()
     check_video(job.found, job.drawing, min(job.batch_size, len(job.texts)), device)
-    if job.found.data.text_encoder is None:
-        raise UserError(job.found.run.run_id, "its recipe has no data.text_encoder to encode prompts with")
-    cache = TextCache(folder / TEXT, job.found.data.text_encoder)
-    features = cache.encode([*job.prompts, _EMPTY], device, on_prompt)
-    claim(folder, job.settings(), "videos")
-    cache.keep(features)
-    files = [folder / file_name(number, text) for number, text in enumerate(job.texts)]
-    work = batches(len(files), job.batch_size)
-    missing = [videos for videos in work if read_npy(part_file(folder, videos)) is None]
-    on_batch(len(files) - sum(map(len, missing)))
-    run = (str(job.found.run.path), str(job.found.checkpoint), job.found.averaged)
-    draw_parts(
-        partial(_open, run, job.texts, job.drawing, job.rate, folder), missing, processes, device, on_batch
-    )
+    make = partial(_open, job.drawing, job.rate)
+    work = draw_prompted(job, folder, "videos", make, processes, device, on_batch, on_prompt)
+    files = _files(folder, range(len(job.texts)), job.texts)
     _finish(job, folder, files, work)
     return files
 
 
-def _open(
-    run: tuple[str, str, bool],
-    texts: Sequence[str],
-    drawing: VideoDrawing,
-    rate: float,
-    folder: Path,
-    device: torch.device,
-) -> Draw:
-    found = find_video_run(run[0], ckpt=run[1], ema=run[2])
-    assert found.data.text_encoder is not None
-    task, cache = load_video_task(found, device), TextCache(folder / TEXT, found.data.text_encoder)
-    null = cache.read([_EMPTY.text])[0]
+def _files(folder: Path, videos: range, texts: Sequence[str]) -> list[Path]:
+    return [folder / file_name(video, texts[video]) for video in videos]
+
+
+def _open(drawing: VideoDrawing, rate: float, job: Opened, device: torch.device) -> Draw:
+    found = find_video_run(job.run, ckpt=job.checkpoint, ema=job.averaged)
+    task, features = load_video_task(found, device), job.features(found.data.text_encoder)
 
     def draw(videos: range) -> None:
-        drawn = draw_videos_of(
-            found, task, cache.read([texts[video] for video in videos]), null, videos, drawing
-        )
-        for video, frames in zip(videos, drawn, strict=True):
-            write_mp4(folder / file_name(video, texts[video]), frames, rate)
+        drawn = draw_videos_of(found, task, features.of(videos), features.null, videos, drawing)
+        files = _files(job.folder, videos, job.texts)
+        for file, frames in zip(files, drawn, strict=True):
+            write_mp4(file, frames, rate)
         # Written last, because this file marks the batch as done.
-        write_npy(
-            part_file(folder, videos),
-            np.stack([thumbnails(frames) for frames in drawn]),
-            [folder / file_name(video, texts[video]) for video in videos],
-        )
+        write_npy(part_file(job.folder, videos), np.stack([thumbnails(frames) for frames in drawn]), files)
 
     return draw
 

@@ -21,9 +21,8 @@ from mhla_lightning.diffusion import Guidance, Process, check_sampler, default_s
 from mhla_lightning.diffusion.drawing import Key, draw_samples
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.diffusion.drawing import check_guided_channels
-from mhla_lightning.inference.rebuilding import load_backbone, rebuild
-from mhla_lightning.inference.weights import FoundRun, find_weights, memory_bytes
-from mhla_lightning.runs.folder import find_run, runs_root
+from mhla_lightning.inference.rebuilding import load_backbone, open_run
+from mhla_lightning.inference.weights import FoundRun, memory_bytes
 from mhla_lightning.tasks.video_diffusion import VideoDiffusionTask
 
 if TYPE_CHECKING:
@@ -87,19 +86,14 @@ def find_video_run(run: str, runs: str | None = None, ckpt: str | None = None, e
     """Find a run and its checkpoint, and build the task without weights.
 
     Args:
-        run: id or folder.
-        runs: folder of all run folders; None means $MHLA_RUNS, else ./runs.
-        ckpt: a step or a checkpoint folder; None means the newest.
-        ema: take the averaged weights where the checkpoint has them.
+        run, runs, ckpt, ema: see :func:`open_run`.
 
     Raises:
         UserError: no such run or checkpoint, or no video diffusion model.
     """
-    folder = find_run(run, runs_root(runs))
-    built = rebuild(folder, VideoDiffusionTask, "sampling videos needs a video diffusion model")
-    return VideoRun(
-        folder, find_weights(folder, ckpt, ema), cast(VideoDiffusionTask, built.task), cast(Any, built.data)
-    )
+    needed = "sampling videos needs a video diffusion model"
+    opened = open_run(run, VideoDiffusionTask, needed, runs, ckpt, ema)
+    return VideoRun(opened.folder, opened.weights, opened.task, cast(Any, opened.data))
 
 
 def load_video_task(found: VideoRun, device: torch.device | str) -> VideoDiffusionTask:

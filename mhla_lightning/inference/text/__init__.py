@@ -5,5 +5,6 @@ A prompt gets the same continuation in any batch. Texts are in `continuation`.
 
 from mhla_lightning.inference.text.engine import CausalBackbone, Step, generate
 from mhla_lightning.inference.text.sampling import Sampling
+from mhla_lightning.inference.text.token_graph import Execution
 
-__all__ = ["CausalBackbone", "Sampling", "Step", "generate"]
+__all__ = ["CausalBackbone", "Execution", "Sampling", "Step", "generate"]

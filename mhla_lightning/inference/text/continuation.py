@@ -12,6 +12,7 @@ from mhla_lightning.data.tokenizers import TextStream, Tokenizer
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.text.engine import CausalBackbone, Finish, generate
 from mhla_lightning.inference.text.sampling import Sampling
+from mhla_lightning.inference.text.token_graph import Execution
 
 
 class StopText:
@@ -101,7 +102,7 @@ def continue_prompts(
     stops: Sequence[str] = (),
     padding: Literal["left", "right"] = "left",
     batch_size: int | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | Execution = "cpu",
 ) -> Iterator[Continuation]:
     """Continue every prompt as text, without the stop string and what follows it.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.text.sampling import Sampling, sequence_keys
+from mhla_lightning.inference.text.token_graph import Decoding, Execution
 
 Finish = Literal["end", "stop", "length"]
 """Why a sequence ended: the end-of-document token, the function `stop`, or max_new_tokens."""
@@ -58,7 +59,7 @@ def generate(
     padding: Literal["left", "right"] = "left",
     batch_size: int | None = None,
     vocabulary: int | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | Execution = "cpu",
 ) -> Iterator[Step]:
     """Continue every prompt; a finished sequence leaves the batch and costs nothing more.
 
@@ -73,9 +74,11 @@ def generate(
         batch_size: prompts in the model at once, in the given order; None means all.
         vocabulary: only tokens below this number are chosen, since a model may have more ids than its
             tokenizer; None means all.
+        device: of the model; an :class:`Execution` also says whether a CUDA graph holds a token.
 
     Raises:
-        UserError: a count below 1, an empty prompt without `end`, or more tokens than the model takes.
+        UserError: a count below 1, an empty prompt without `end`, more tokens than the model takes, or a
+            CUDA graph that is demanded and impossible.
     """
     for name, count in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if count is not None and count < 1:
@@ -84,8 +87,8 @@ def generate(
     keys = sequence_keys(starts)
     batch = batch_size or max(1, len(starts))
 
-    def choose(logits: Tensor, live: list[int], position: int) -> Tensor:
-        return sampling.choose(logits[:, :vocabulary], [keys[number] for number in live], position)
+    execution = device if isinstance(device, Execution) else Execution(device)
+    execution.wanted(backbone)  # raises
 
     def why(number: int, token: int, position: int) -> Finish | None:
         if token == end:
@@ -97,8 +100,12 @@ def generate(
     def batches() -> Iterator[Step]:
         for first in range(0, len(starts), batch):
             live = list(range(first, min(first + batch, len(starts))))
-            tokens, mask = pad([starts[number] for number in live], padding, device)
-            yield from _continue(backbone, live, tokens, mask, choose, why)
+            tokens, mask = pad([starts[number] for number in live], padding, execution.device)
+            with torch.inference_mode():
+                logits, state = backbone.prefill(tokens, mask=mask)
+                most = max_new_tokens + max(len(starts[number]) for number in live)
+                decoding = Decoding(backbone, state, sampling, vocabulary, execution, most)
+            yield from _continue(decoding, logits, live, keys, starts, why)
 
     return batches()
 
@@ -121,28 +128,36 @@ def start_tokens(prompts: Sequence[Sequence[int]], end: int | None) -> list[list
 
 @torch.inference_mode()
 def _continue(
-    backbone: CausalBackbone,
+    decoding: Decoding,
+    logits: Tensor,
     live: list[int],
-    tokens: Tensor,
-    mask: Tensor | None,
-    choose: Callable[[Tensor, list[int], int], Tensor],
+    keys: Sequence[str],
+    starts: Sequence[Sequence[int]],
     why: Callable[[int, int, int], Finish | None],
 ) -> Iterator[Step]:
-    """Yield the steps of one batch until every sequence has ended."""
-    logits, state = backbone.prefill(tokens, mask=mask)
+    """Yield the steps of one batch until every sequence has ended.
+
+    Args:
+        decoding: after the prompts.
+        logits: of the prompts' last tokens, (batch, V).
+        live: prompts of the batch.
+        keys, starts: key and tokens of every prompt.
+        why: returns why a prompt ends with a token at a position, see `Finish`.
+    """
     for position in itertools.count():
-        chosen = choose(logits, live, position)
-        new = chosen.tolist()
+        if position == 0:
+            new = decoding.first(logits, [keys[number] for number in live])
+        else:
+            new = decoding.next(position, position + max(len(starts[number]) for number in live))
         reasons = {number: why(number, token, position) for number, token in zip(live, new, strict=True)}
         finished = {number: reason for number, reason in reasons.items() if reason is not None}
-        yield Step(live, new, finished, state.bytes)
+        yield Step(live, new, finished, decoding.state.bytes)
         going = [row for row, number in enumerate(live) if number not in finished]
         if not going:
             return
         if len(going) < len(live):
-            rows = torch.tensor(going, device=chosen.device)
-            chosen, state, live = chosen[rows], state.reorder(rows), [live[row] for row in going]
-        logits, state = backbone.step(chosen, state)
+            decoding.keep(going)
+            live = [live[row] for row in going]
 
 
 def pad(

@@ -51,9 +51,7 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Turn logits (B, V) into probabilities (B, V) in float64, 0 for tokens that are not kept."""
-        # Apple's GPUs have no float64.
-        exact = torch.float32 if logits.device.type == "mps" else torch.float64
-        scaled = logits.to(exact) / self.temperature
+        scaled = logits.to(_exact(logits.device)) / self.temperature
         if self.top_k is not None and self.top_k < scaled.shape[-1]:
             order = scaled.argsort(dim=-1, descending=True, stable=True)
             scaled = scaled.scatter(-1, order[:, self.top_k :], -torch.inf)
@@ -80,23 +78,64 @@ class Sampling:
         Raises:
             UserError: logits that are not finite.
         """
-        if not logits.max(-1).values.isfinite().all():
+        draws = self.room(len(keys), logits.device)
+        self.send_draws(keys, position, draws)
+        chosen, sound = self.select(logits, draws)
+        self.check([0] if sound.all() else [-1])
+        return chosen
+
+    def room(self, batch: int, device: torch.device) -> Tensor:
+        """Return memory for the random numbers of a token, (batch,)."""
+        return torch.zeros(batch, dtype=_exact(device), device=device)
+
+    def send_draws(self, keys: Sequence[str], position: int, into: Tensor) -> None:
+        """Write the random number of each sequence without waiting for the device.
+
+        Args:
+            keys, position: as for `choose`.
+            into: (batch,), see `room`.
+        """
+        if self.greedy:
+            return
+        draws = [generator(self.seed, "token", key, position).random() for key in keys]
+        host = torch.tensor(draws, dtype=into.dtype)
+        into.copy_(host.pin_memory() if into.is_cuda else host, non_blocking=True)
+
+    def select(self, logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose as `choose` does, on the device alone.
+
+        Args:
+            logits: (B, V).
+            draws: (B,), see `send_draws`.
+
+        Returns:
+            The tokens, int64 (B,), and whether the logits of each sequence are finite, bool (B,).
+        """
+        sound = logits.max(-1).values.isfinite()
+        if self.greedy:
+            return logits.argmax(-1), sound
+        sums = self.probabilities(logits).cumsum(-1)
+        whole = sums[:, -1:]
+        target = draws[:, None] * whole
+        # Take the first sum above the target. The target stays below the whole despite rounding, so that
+        # no token of probability 0 is taken.
+        below = target.minimum(whole.nextafter(torch.zeros_like(whole)))
+        chosen = torch.searchsorted(sums, below, right=True)[:, 0]
+        return chosen.clamp_max(logits.shape[-1] - 1), sound  # beyond it only without finite sums
+
+    def check(self, chosen: Sequence[int]) -> None:
+        """Refuse tokens below 0, which stand for logits that are not finite. Raises UserError."""
+        if any(token < 0 for token in chosen):
             raise UserError(
                 "logits",
                 "the model gives numbers that are not finite: these weights have diverged, or `dtype` is "
                 "too narrow for them",
             )
-        if self.greedy:
-            return logits.argmax(-1)
-        draws = [generator(self.seed, "token", key, position).random() for key in keys]
-        sums = self.probabilities(logits).cumsum(-1)
-        whole = sums[:, -1:]
-        target = torch.tensor(draws, dtype=sums.dtype, device=sums.device)[:, None] * whole
-        # Take the first sum above the target. The target stays below the whole despite rounding, so that
-        # no token of probability 0 is taken.
-        return torch.searchsorted(sums, target.minimum(whole.nextafter(torch.zeros_like(whole))), right=True)[
-            :, 0
-        ]
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    """Return the dtype of probabilities; Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def sequence_keys(prompts: Sequence[Sequence[int]]) -> list[str]:

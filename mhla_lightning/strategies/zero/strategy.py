@@ -50,6 +50,13 @@ class KnowsSizes(Protocol):
     largest_weight: int
 
 
+@runtime_checkable
+class HasCompiledParts(Protocol):
+    """A module that knows which parts of it are compiled, as a task does."""
+
+    compiled_parts: list[torch.nn.Module]
+
+
 class ZeroStrategy(DeepSpeedStrategy, Sharding):
     """ZeRO stages 1 to 3 on CPUs and GPUs, with checkpoints for any number of ranks.
 
@@ -218,6 +225,7 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
             return
         self._format_config()
         import deepspeed
+        from deepspeed.utils import set_z3_leaf_module
 
         from mhla_lightning.strategies.zero.building import InitialiseSplit, round_split
 
@@ -228,6 +236,11 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
             InitialiseSplit(),
         ):
             yield
+        # A compiled part gathers all its weights at once, outside of the compiled code. Hooks of the layers
+        # inside would be compiled, anew in each step.
+        if isinstance(self._module, HasCompiledParts):
+            for part in self._module.compiled_parts:
+                set_z3_leaf_module(part, True)
         config = cast(dict[str, Any], self.config)
         for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
             if config.get(kind, {}).get("enabled"):

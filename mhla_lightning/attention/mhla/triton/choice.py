@@ -36,8 +36,8 @@ def kernel_setting(option: str) -> str:
     The environment variable MHLA_KERNEL wins over the option.
 
     Args:
-        option: `auto` takes Triton on CUDA for bf16 and fp16 where it can serve the call. `triton` demands
-            it, `torch` never takes it.
+        option: `auto` takes Triton on CUDA for bf16 and fp16 where it can serve the call, and compiled C++ on
+            a CPU for short rows. `triton` demands Triton; `torch` takes torch's own operations alone.
 
     Raises:
         UserError: unknown name.

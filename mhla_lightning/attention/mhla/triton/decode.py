@@ -140,11 +140,11 @@ def step_slice(
                 if DECAY == 2:
                     gone *= tl.exp(since)
                 if KEPT > 0:
-                    leaving = tl.load(slot, mask=inside, other=0.0)
+                    leaving = tl.load(slot, mask=inside & (place < PLACES), other=0.0)
                     if DECAY == 2:
-                        leaving *= tl.exp(tl.load(since_end + place) + since)
+                        leaving *= tl.exp(tl.load(since_end + place, mask=place < PLACES, other=0.0) + since)
                 tl.store(far + at, gone + leaving, mask=inside)
-            tl.store(slot, here, mask=inside & (KEPT > 0))
+            tl.store(slot, here, mask=inside & (place < PLACES))
             here = tl.zeros_like(here)
     tl.store(current + at, here, mask=inside)
     return out
@@ -286,9 +286,13 @@ def decode_kernel(
         )
         if NORM:
             read *= one_over
-        if CHUNKED and not MERGES and not SHIFT:
-            # The host refuses a sequence beyond the matrix; under a CUDA graph it cannot see one.
-            read = tl.where(number < BLOCKS, read, float("nan"))
+        if CHUNKED:
+            # The host refuses a sequence beyond the matrix or beyond the state's memory; under a CUDA graph
+            # it cannot see one.
+            if not MERGES and not SHIFT:
+                read = tl.where(number < BLOCKS, read, float("nan"))
+            full = ends & (KEPT > 0) & (number % tl.maximum(KEPT, 1) >= PLACES)
+            read = tl.where(full, float("nan"), read)
         tl.store(out + row * DV + channel, read.to(out.dtype.element_ty), mask=channel < DV)
     if CHUNKED:
         tl.debug_barrier()  # all threads have read the counters
@@ -348,12 +352,8 @@ def step_chunks(state: MHLAState, token: Token, mixing: Tensor) -> Tensor:
         if full:
             make_room(state, max(state.finished[b] for b in full) + 1)
             state.turn_chunk(full)
-    if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
-        if state.values.ring.shape[2] < reach.kept:
-            raise UserError(
-                "kernel", "a CUDA graph needs a state that no longer grows; call its `complete` before"
-            )
-        state.counted = False  # the graph runs again without the host
+    if state.counted and tokens.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UserError("kernel", "a CUDA graph needs a state without the host; call its `leave_host` before")
     mixing = mixing.float().contiguous()
     per_head = mixing.dim() == (2 if rule.merges else 3) and mixing.shape[0] > 1
     arguments = {

@@ -6,7 +6,7 @@ import hashlib
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mhla_lightning.data.encoders.text_encoders import TextEncoder, load_text_encoder
-from mhla_lightning.data.index import TextEncoding
+from mhla_lightning.data.index import ShardIndex, TextEncoding
 from mhla_lightning.data.prepare.latents.devices import DTYPES, own_device, release_devices
 from mhla_lightning.data.prepare.parallel import run_jobs
 from mhla_lightning.data.prepare.replacing import Building, sync
@@ -22,6 +22,7 @@ from mhla_lightning.data.prepare.samples import npy_bytes
 from mhla_lightning.errors import DataError, UserError
 
 _TOGETHER = 32  # captions of a job
+_WORDS_OF_A_CAPTION = 64  # a guess, for the size of shards
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,50 @@ class CaptionFeatures:
         new.rename(path)
 
 
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Features of all captions of a target, and of the empty text, which replaces a dropped caption.
+
+    Args:
+        features: of the captions.
+        empty: content of the file with the features of the empty text.
+    """
+
+    features: CaptionFeatures
+    empty: bytes
+
+    def described(self, header: ShardIndex) -> ShardIndex:
+        """Return an index that names these features of the empty text."""
+        assert header.text is not None
+        return replace(header, text=replace(header.text, empty=hashlib.sha256(self.empty).hexdigest()))
+
+
+def describe_text(name: str, tokens: int | None, dtype: str, instruction: str | None = None) -> TextEncoding:
+    """Describe the encoder of captions.
+
+    Args:
+        name: see text_encoders.load_text_encoder, also for the instruction.
+        tokens: the most of a caption; None is the encoder's.
+        dtype: of devices.DTYPES.
+        instruction: what it reads before a caption.
+
+    Raises:
+        UserError: an encoder that cannot be opened.
+    """
+    found = load_text_encoder(name, dtype=DTYPES[dtype], instruction=instruction).encoding
+    return found if tokens is None else replace(found, tokens=tokens)
+
+
+def text_bytes(text: TextEncoding) -> int:
+    """Return roughly the bytes of a caption's features."""
+    return min(text.tokens, _WORDS_OF_A_CAPTION) * text.channels * 2
+
+
+def text_packages(text: TextEncoding) -> list[str]:
+    """Return the packages whose versions decide the features of captions."""
+    return [] if text.name.startswith("words:") else ["transformers"]
+
+
 class CaptionJob(NamedTuple):
     """Captions to encode.
 
@@ -88,8 +133,8 @@ def encode_captions(
     dtype: str,
     devices: tuple[str, ...],
     on_captions: Callable[[int, int], None],
-) -> CaptionFeatures:
-    """Encode the captions that were not encoded before.
+) -> EncodedTexts:
+    """Encode the captions that were not encoded before, and the empty text.
 
     Args:
         building: of the target.
@@ -103,6 +148,7 @@ def encode_captions(
         DataError: a text that is too long; the key names the sample.
     """
     features = CaptionFeatures(building.folder / "features")
+    captions = {"": "of the empty text", **captions}
     missing = [(sample, text) for text, sample in captions.items() if not features.holds(text)]
     done = len(captions) - len(missing)
 
@@ -119,7 +165,7 @@ def encode_captions(
     finally:
         _opened.cache_clear()  # the VAE needs the memory
         release_devices()
-    return features
+    return EncodedTexts(features, features.path("").read_bytes())
 
 
 def _encode(job: CaptionJob) -> int:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from webdataset.tariterators import base_plus_ext
-
 from mhla_lightning.data.check import check_split
 from mhla_lightning.data.index import INDEX_NAME, Clip, read_index
 from mhla_lightning.data.kinds.captions import CAPTION
-from mhla_lightning.data.members import shown
-from mhla_lightning.data.prepare.latents.images import NUMBER, ShardPart, shards_for
+from mhla_lightning.data.prepare.latents.images import ShardPart, shards_for
+from mhla_lightning.data.prepare.latents.shard_captions import shard_texts
 from mhla_lightning.data.prepare.pack import PackOptions, PlannedSplit
 from mhla_lightning.data.prepare.places import find_splits
 from mhla_lightning.data.prepare.replacing import is_bucket
@@ -23,7 +20,6 @@ from mhla_lightning.errors import DataError, UserError
 from mhla_lightning.textfiles import NotText, decode
 
 _AT_ONCE = 2**26  # bytes of clips that are read at once
-_LONGEST = 2**20  # bytes of a caption
 
 
 @dataclass(frozen=True)
@@ -64,30 +60,15 @@ class ClipSplit:
 
         Raises DataError for a clip without a caption.
         """
-        for number, entry in enumerate(self.split.index.shards):
-            found = 0
-            with self.split.store.open(entry.name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for info in tar:
-                    key, extension = base_plus_ext(info.name)
-                    if extension == CAPTION and info.isreg():
-                        found += 1
-                        yield _name(key), self._caption(tar, info, _name(key))
-            if found != entry.samples:
+        for name, members in shard_texts(self.split, self.name):
+            if CAPTION not in members:
                 raise DataError(
-                    self.split.address(number),
-                    f"holds {entry.samples} clips and {found} captions (KEY.{CAPTION}); each clip needs one",
+                    f"{self.name} sample {name}", f"it has no caption; each clip needs a member {CAPTION}"
                 )
-
-    def _caption(self, tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> str:
-        file = tar.extractfile(info) if info.size <= _LONGEST else None
-        if file is None:
-            raise DataError(
-                f"{self.name} sample {name}", f"its caption has {info.size} bytes, more than any text"
-            )
-        try:
-            return decode(file.read())
-        except NotText as error:
-            raise DataError(f"{self.name} sample {name}", f"its caption: {error}") from error
+            try:
+                yield name, decode(members[CAPTION])
+            except NotText as error:
+                raise DataError(f"{self.name} sample {name}", f"its caption: {error}") from error
 
 
 def open_clips(source: str | Path) -> list[ClipSplit]:
@@ -121,7 +102,3 @@ def _places(source: str) -> dict[str, str]:
         raise UserError("source", f"there is no folder {source}")
     buckets = sorted(path for path in folder.iterdir() if path.is_dir() and is_bucket(path.name))
     return {f"{path.name}/": str(path) for path in buckets} or {"": str(folder)}
-
-
-def _name(key: str) -> str:
-    return shown(NUMBER.sub("", key.rpartition("/")[2]))

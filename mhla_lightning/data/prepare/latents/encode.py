@@ -13,6 +13,7 @@ import torch
 
 from mhla_lightning.data.encoders.vaes import Autoencoder, load_vae
 from mhla_lightning.data.kinds.latents import FLIPPED, LATENT, LOGVAR, draw
+from mhla_lightning.data.prepare.latents.captions import CaptionFeatures
 from mhla_lightning.data.prepare.latents.devices import DTYPES
 from mhla_lightning.data.prepare.latents.images import Picture, picture
 from mhla_lightning.data.prepare.latents.shard import STORED, LatentJob, LatentTally, OnSamples, ShardEncoder
@@ -32,6 +33,7 @@ class ImageEncoder(ShardEncoder):
         size: pixels a side.
         batch_size: images at once.
         seed: of the draws, where moments are not kept.
+        features: of their captions; None where images have classes.
     """
 
     vae: str
@@ -39,6 +41,7 @@ class ImageEncoder(ShardEncoder):
     size: int
     batch_size: int
     seed: int
+    features: CaptionFeatures | None = None
 
     def latents(
         self, job: LatentJob, device: str, tally: LatentTally, on_samples: OnSamples
@@ -130,7 +133,17 @@ class ImageEncoder(ShardEncoder):
                 tally.add(arrays[name][finite], None if logvar is None else logvar[finite], wanted)
         for row in np.flatnonzero(finite):
             found = pictures[row][1]
-            sample = latent_sample(job.header, found.name, arrays[LATENT][row], label=found.label)
+            text = (
+                None if found.caption is None or self.features is None else self.features.read(found.caption)
+            )
+            sample = latent_sample(
+                job.header,
+                found.name,
+                arrays[LATENT][row],
+                label=found.label,
+                text=text,
+                caption=found.caption,
+            )
             more = {f"{name}.npy": npy_bytes(array[row]) for name, array in arrays.items() if name != LATENT}
             yield replace(
                 sample,

@@ -39,13 +39,15 @@ class Picture(NamedTuple):
 
     Args:
         name: of the sample.
-        label: class number.
+        label: class number; None where images have captions.
+        caption: None where images have classes.
         pixels: uint8 (size, size, 3).
         json: content of the sample's member of this name; None without one.
     """
 
     name: str
-    label: int
+    label: int | None
+    caption: str | None
     pixels: np.ndarray
     json: bytes | None
 
@@ -105,7 +107,7 @@ def open_images(source: str | Path, options: PackOptions, sample_bytes: int) -> 
         UserError: a source that does not exist, or options that do not fit it.
         DataError: anything but images with classes.
     """
-    if _is_packed(source):
+    if is_packed(source):
         images = _open_packed(str(source), options)
     else:
         opened = open_sample_source(source)
@@ -134,11 +136,18 @@ def crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def picture(sample: Sample, size: int, classes: int) -> Picture | BadSample:
-    """Read and crop a sample, or return the reason why that fails."""
+    """Read and crop a sample, or return the reason why that fails.
+
+    Args:
+        sample: an image with the member cls or, without classes, txt.
+        size: pixels a side.
+        classes: number of classes.
+    """
     try:
         return Picture(
             sample.name,
-            label_of(sample.members, classes),
+            label_of(sample.members, classes) if classes else None,
+            None if classes else sample.members["txt"].decode(),
             crop(decode_image(sample.members), size),
             sample.members.get("json"),
         )
@@ -146,7 +155,8 @@ def picture(sample: Sample, size: int, classes: int) -> Picture | BadSample:
         return reason
 
 
-def _is_packed(source: str | Path) -> bool:
+def is_packed(source: str | Path) -> bool:
+    """Return whether a source is packed shards or an address."""
     folder = Path(source)
     if "://" in str(source):
         return True

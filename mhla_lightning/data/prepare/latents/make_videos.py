@@ -5,24 +5,27 @@ Buckets are made side by side. The bytes are the same however often the work was
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mhla_lightning.data.encoders.text_encoders import load_text_encoder
 from mhla_lightning.data.encoders.vaes import VideoAutoencoder, load_video_vae
-from mhla_lightning.data.index import EMPTY_TEXT, VAE, Clip, ShardIndex, TextEncoding
+from mhla_lightning.data.index import VAE, Clip, ShardIndex
 from mhla_lightning.data.kinds.clips import Clips
-from mhla_lightning.data.prepare.latents.captions import CaptionFeatures, encode_captions
+from mhla_lightning.data.prepare.latents.captions import (
+    CaptionFeatures,
+    EncodedTexts,
+    describe_text,
+    text_bytes,
+    text_packages,
+)
 from mhla_lightning.data.prepare.latents.clips import ClipSplit, open_clips
 from mhla_lightning.data.prepare.latents.devices import DTYPES, find_devices, find_dtype
 from mhla_lightning.data.prepare.latents.shard import (
@@ -34,20 +37,18 @@ from mhla_lightning.data.prepare.latents.shard import (
     ShardEncoder,
 )
 from mhla_lightning.data.prepare.latents.work import (
-    SETTINGS,
+    LatentPlan,
     LatentReport,
-    LatentWork,
-    demand_target,
+    make_planned,
     settings_of,
 )
-from mhla_lightning.data.prepare.pack import PackOptions, Progress, check_target, fingerprint_of
-from mhla_lightning.data.prepare.replacing import Building, Note, build
+from mhla_lightning.data.prepare.pack import PackOptions, Progress, check_target
+from mhla_lightning.data.prepare.replacing import Note
 from mhla_lightning.data.prepare.samples import Sample, latent_sample
 from mhla_lightning.data.skips import JUDGED_AFTER, BadSample
 from mhla_lightning.errors import DataError, UserError
 
 _OVERHEAD = 4096  # bytes of a sample's headers in a tar file
-_WORDS_OF_A_CAPTION = 64  # a guess, for the size of shards
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class VideoOptions:
     Args:
         vae: see vaes.load_video_vae.
         text_encoder: see text_encoders.load_text_encoder.
-        tokens: the most tokens of a caption.
+        tokens: the most tokens of a caption; None is the encoder's: 300 of Gemma-2, else 512.
         subfolder: of the VAE.
         name: name of the VAE in the index and in recipes; None is `vae`.
         device: see devices.find_devices; for both models.
@@ -68,7 +69,7 @@ class VideoOptions:
 
     vae: str
     text_encoder: str
-    tokens: int = 512
+    tokens: int | None = None
     subfolder: str | None = None
     name: str | None = None
     device: str = "auto"
@@ -78,7 +79,7 @@ class VideoOptions:
 
     def __post_init__(self) -> None:
         """Raise UserError for a value outside its range."""
-        if self.tokens < 1:
+        if self.tokens is not None and self.tokens < 1:
             raise UserError("tokens", f"got {self.tokens}; it must be at least 1")
         if not 0 <= self.max_skipped_share <= 1:
             raise UserError("max_skipped_share", f"got {self.max_skipped_share}; it must be from 0 to 1")
@@ -169,7 +170,8 @@ class VideoEncoder(ShardEncoder):
             )
             return
         tally.add(stored[None], None, wanted)
-        yield latent_sample(job.header, name, stored, text=self.features.read(content["caption"]))
+        caption = content["caption"]
+        yield latent_sample(job.header, name, stored, text=self.features.read(caption), caption=caption)
 
 
 @lru_cache(maxsize=1)
@@ -212,38 +214,30 @@ def make_video_latents(
     dtype = find_dtype(options.dtype, devices[0])
     clips = open_clips(source)
     headers = _headers(clips, options, dtype)
-    settings = _settings(clips, headers[0], options, dtype, devices[0])
-    demand_target(
-        target,
-        {split.name: header for split, header in zip(clips, headers, strict=True)},
-        settings,
-        overwrite,
-    )
-    note, progress = on_note or (lambda _: None), on_progress or (lambda *_: None)
-    with build(
-        target, fingerprint_of(settings), [split.name for split in clips], overwrite, wait, note
-    ) as building:
-        (building.folder / SETTINGS).write_text(json.dumps(settings))
-        features = _features(building, clips, headers[0], dtype, devices, progress)
-        empty = features.path("").read_bytes()
-        targets = []
+
+    def targets(texts: EncodedTexts | None) -> list[LatentTarget]:
+        assert texts is not None
+        made = []
         for split, header in zip(clips, headers, strict=True):
-            assert header.text is not None
-            assert header.vae is not None
-            with_empty = replace(header, text=replace(header.text, empty=hashlib.sha256(empty).hexdigest()))
-            encoder = VideoEncoder(dtype, devices, 1, options.vae, options.subfolder, split.clip, features)
-            targets.append(
-                LatentTarget(
-                    split.name,
-                    with_empty,
-                    split.plan(options.shards, _sample_bytes(header, STORED[dtype].itemsize)),
-                    encoder,
-                )
+            encoder = VideoEncoder(
+                dtype, devices, 1, options.vae, options.subfolder, split.clip, texts.features
             )
-        report = LatentWork(building, targets, "clips", options.max_skipped_share, progress).run(note)
-        for folder in dict.fromkeys(split.name.rpartition("/")[0] for split in clips):
-            building.write_beside(f"{folder}/{EMPTY_TEXT}" if folder else EMPTY_TEXT, empty)
-        return report
+            source = split.plan(options.shards, _sample_bytes(header, STORED[dtype].itemsize))
+            made.append(LatentTarget(split.name, texts.described(header), source, encoder))
+        return made
+
+    plan = LatentPlan(
+        "clips",
+        {split.name: header for split, header in zip(clips, headers, strict=True)},
+        [split.name for split in clips],
+        _settings(clips, headers[0], options, dtype, devices[0]),
+        dtype,
+        devices,
+        options.max_skipped_share,
+        partial(_captions, clips),
+        targets,
+    )
+    return make_planned(target, plan, overwrite, wait, on_progress, on_note)
 
 
 def _headers(clips: Sequence[ClipSplit], options: VideoOptions, dtype: str) -> list[ShardIndex]:
@@ -258,9 +252,7 @@ def _headers(clips: Sequence[ClipSplit], options: VideoOptions, dtype: str) -> l
             shapes.append(vae.latent_shape(split.clip.frames, split.clip.height, split.clip.width))
         except UserError as error:
             raise UserError(split.address, error.reason) from error
-    name = options.text_encoder
-    channels = load_text_encoder(name, dtype=DTYPES[dtype]).encoding
-    text = TextEncoding(name, options.tokens, channels.channels, channels.sha256)
+    text = describe_text(options.text_encoder, options.tokens, dtype)
     made = [
         VAE(options.name or options.vae, 1.0, 0.0, shape, vae.kind, vae.sha256, False, False)
         for shape in shapes
@@ -277,42 +269,24 @@ def _settings(
     """Return the facts that decide which bytes are written, for the user to read."""
     assert header.vae is not None
     assert header.text is not None
-    text = {f"text {key}": value for key, value in asdict(header.text).items()}
+    text = {f"text {key}": value for key, value in header.text.facts().items()}
     facts = {"vae": header.vae.name, "sha256": header.vae.sha256, **text, "shards": options.shards}
     facts |= {"clips": [f"{split.name} {split.clip} {split.split.index.hash}" for split in clips]}
-    packages = [
-        "torch",
-        "diffusers",
-        *([] if options.text_encoder.startswith("words:") else ["transformers"]),
-    ]
+    packages = ["torch", "diffusers", *text_packages(header.text)]
     return settings_of(facts, dtype, device, packages)
 
 
-def _features(
-    building: Building,
-    clips: Sequence[ClipSplit],
-    header: ShardIndex,
-    dtype: str,
-    devices: tuple[str, ...],
-    on_progress: Progress,
-) -> CaptionFeatures:
-    """Encode all captions, and the empty text, which replaces a caption that training drops."""
-    assert header.text is not None
-    seen = {"": "of the empty text"}
+def _captions(clips: Sequence[ClipSplit]) -> dict[str, str]:
+    """Return all captions, each with the sample that it was first found at."""
+    seen: dict[str, str] = {}
     for split in clips:
         for name, caption in split.captions():
             seen.setdefault(caption, f"{name} of {split.name}")
-    return encode_captions(
-        building, seen, header.text, dtype, devices, lambda done, total: on_progress("captions", done, total)
-    )
+    return seen
 
 
 def _sample_bytes(header: ShardIndex, itemsize: int) -> int:
     """Return roughly the bytes of a sample in a tar file."""
     assert header.vae is not None
     assert header.text is not None
-    return (
-        math.prod(header.vae.shape) * itemsize
-        + min(header.text.tokens, _WORDS_OF_A_CAPTION) * header.text.channels * 2
-        + _OVERHEAD
-    )
+    return math.prod(header.vae.shape) * itemsize + text_bytes(header.text) + _OVERHEAD

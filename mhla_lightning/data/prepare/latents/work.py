@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mhla_lightning.data.index import ShardIndex, read_index
+from mhla_lightning.data.index import EMPTY_TEXT, ShardIndex, read_index
+from mhla_lightning.data.prepare.latents.captions import EncodedTexts, encode_captions
 from mhla_lightning.data.prepare.latents.shard import (
     LatentJob,
     LatentTally,
@@ -27,9 +28,9 @@ from mhla_lightning.data.prepare.latents.shard import (
     encode_shard,
     make_jobs,
 )
-from mhla_lightning.data.prepare.pack import Progress
+from mhla_lightning.data.prepare.pack import Progress, fingerprint_of
 from mhla_lightning.data.prepare.parallel import Interrupted, run_jobs
-from mhla_lightning.data.prepare.replacing import Building, Note, demand_free
+from mhla_lightning.data.prepare.replacing import Building, Note, build, demand_free
 from mhla_lightning.data.prepare.tallies import Done, finished_shard
 from mhla_lightning.data.skips import JUDGED_AFTER
 from mhla_lightning.errors import DataError, UserError
@@ -44,12 +45,14 @@ class LatentReport:
     Args:
         indices: by split; their `vae` holds the statistics.
         skipped: (split, name, reason).
+        uncaptioned: (split, name, reason) of images that were left out because they have no caption.
         samples: encoded by this call.
         seconds: that the encoding took.
     """
 
     indices: dict[str, ShardIndex] = field(default_factory=dict)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    uncaptioned: list[tuple[str, str, str]] = field(default_factory=list)
     samples: int = 0
     seconds: float = 0.0
 
@@ -160,6 +163,79 @@ class LatentWork:
                 f"{found}, more than the share {self.limit:g} that is allowed; the last is {name} of "
                 f"{split} ({reason})",
             )
+
+
+@dataclass(frozen=True)
+class LatentPlan:
+    """What a call makes.
+
+    Args:
+        what: the name of the samples in messages, such as "images".
+        headers: an index without shards of every split that the target may get, by name.
+        splits: names of those that it gets.
+        settings: the facts that decide which bytes are written; see settings_of.
+        dtype: of devices.DTYPES.
+        devices: see devices.find_devices.
+        limit: share of samples that may be left out.
+        captions: returns all captions, each with the sample that it was first found at; None without text.
+        targets: returns the splits to make, given the encoded captions.
+    """
+
+    what: str
+    headers: Mapping[str, ShardIndex]
+    splits: Sequence[str]
+    settings: dict[str, Any]
+    dtype: str
+    devices: tuple[str, ...]
+    limit: float
+    captions: Callable[[], Mapping[str, str]] | None
+    targets: Callable[[EncodedTexts | None], Sequence[LatentTarget]]
+
+
+def make_planned(
+    target: Path,
+    plan: LatentPlan,
+    overwrite: bool,
+    wait: bool,
+    on_progress: Progress | None,
+    on_note: Note | None,
+) -> LatentReport:
+    """Encode captions, where there are some, then the latents, and write all of it as `target`.
+
+    Args:
+        target: the folder to make.
+        plan: what to make.
+        overwrite: replace the target if it holds splits, and work that another command has begun there.
+        wait: wait for another process that makes the target.
+        on_progress: called with a split, its samples done and its samples in all.
+        on_note: called with remarks for the user.
+
+    Raises:
+        UserError: a target in use.
+        DataError: a caption that is missing or too long, or samples that cannot be encoded.
+        Interrupted: work that the same call can continue.
+    """
+    note, progress = on_note or (lambda _: None), on_progress or (lambda *_: None)
+    demand_target(target, plan.headers, plan.settings, overwrite)
+    with build(target, fingerprint_of(plan.settings), plan.splits, overwrite, wait, note) as building:
+        (building.folder / SETTINGS).write_text(json.dumps(plan.settings))
+        texts = None
+        if plan.captions is not None:
+            text = next(iter(plan.headers.values())).text
+            assert text is not None
+            texts = encode_captions(
+                building,
+                plan.captions(),
+                text,
+                plan.dtype,
+                plan.devices,
+                lambda done, total: progress("captions", done, total),
+            )
+        report = LatentWork(building, plan.targets(texts), plan.what, plan.limit, progress).run(note)
+        if texts is not None:
+            for folder in dict.fromkeys(split.rpartition("/")[0] for split in plan.splits):
+                building.write_beside(f"{folder}/{EMPTY_TEXT}" if folder else EMPTY_TEXT, texts.empty)
+        return report
 
 
 def settings_of(facts: dict[str, Any], dtype: str, device: str, packages: Sequence[str]) -> dict[str, Any]:

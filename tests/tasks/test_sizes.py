@@ -1,0 +1,188 @@
+"""Tasks that train on images of several sizes and are evaluated at others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from mhla_lightning.backbones.sizes import TakesSizes
+from mhla_lightning.data import Augmentation, BucketConfig, ImageDataModule, ReadingConfig
+from mhla_lightning.tasks import ClassificationTask, ImageDiffusionTask, LanguageTask, Task
+from mhla_lightning.tasks.optimization import ScheduleConfig
+from tests.helpers.errors import refused
+from tests.helpers.images import write_images
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*")
+QUIET: dict[str, Any] = dict.fromkeys(
+    ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
+)
+SMALL = {"embed_dim": 12, "depth": 1, "num_heads": 2, "patch_size": 2}
+RELATIVE = {"name": "mhla", "block_size": 2, "mix_form": "relative"}
+ABSOLUTE = {"name": "mhla", "block_size": 2}
+SIZES = [4, 16, [8, 12]]
+TAGS = {"val", "val_4", "val_16", "val_8x12"}
+PLAIN = Augmentation(auto_augment=None, color_jitter=None, re_prob=0.0, crop_pct=1.0)
+
+
+def classifier(attention: Any = RELATIVE, sizes: Any = SIZES, **options: Any) -> ClassificationTask:
+    return ClassificationTask(
+        "deit_tiny",
+        attention,
+        {"img_size": 8, "token_multiple": 1, **SMALL, **options},
+        num_classes=4,
+        eval_sizes=sizes,
+        schedule=ScheduleConfig(warmup_steps=0),
+    )
+
+
+def diffusion(attention: Any = RELATIVE, sizes: Any = SIZES, **options: Any) -> ImageDiffusionTask:
+    return ImageDiffusionTask(
+        "dit_s2",
+        attention,
+        {"input_size": 8, "in_channels": 3, "num_classes": 4, **SMALL, **options},
+        "flow",
+        eval_sizes=sizes,
+        schedule=ScheduleConfig(warmup_steps=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def data_of(shards: Path, sizes: Any = (4, 8, 12)) -> ImageDataModule:
+    return ImageDataModule(
+        str(shards),
+        16,
+        8,
+        image_size=8,
+        augmentation=PLAIN,
+        reading=ReadingConfig(num_workers=0),
+        buckets=None if sizes is None else BucketConfig(list(sizes)),
+    )
+
+
+class Shapes(pl.Callback):
+    """Keeps the shape of every training batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, ...]] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(tuple(batch["image"].shape[2:]))
+
+
+@pytest.mark.parametrize("build", [classifier, diffusion], ids=["classification", "diffusion"])
+def test_a_plain_trainer_trains_on_buckets_and_validates_at_other_sizes(shards: Path, build: Any) -> None:
+    pl.seed_everything(0, verbose=False)
+    task, data, shapes = build(), data_of(shards), Shapes()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=6,
+        val_check_interval=12,
+        check_val_every_n_epoch=None,
+        accumulate_grad_batches=2,
+        num_sanity_val_steps=0,
+        callbacks=[shapes],
+        **QUIET,
+    )
+    trainer.fit(task, data)
+    assert set(shapes.seen) == {(4, 4), (8, 8), (12, 12)}
+    assert shapes.seen[0::2] == shapes.seen[1::2]  # one size an optimizer step
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert {name.partition("/")[0] for name in found if name.endswith("/loss")} - {"train"} == TAGS
+    assert len({found[f"{tag}/loss"] for tag in TAGS}) == len(TAGS)
+    (alone,) = trainer.validate(task, data, verbose=False)
+    for tag in TAGS:
+        assert alone[f"{tag}/loss"] == pytest.approx(found[f"{tag}/loss"])
+
+
+def test_the_loss_at_another_size_is_that_of_a_model_built_for_it(shards: Path) -> None:
+    pl.seed_everything(0, verbose=False)
+    task = classifier("softmax", [16])
+    task.configure_model()
+    alone = classifier("softmax", None, img_size=16)
+    alone.configure_model()
+    assert isinstance(alone.backbone, torch.nn.Module)
+    assert isinstance(task.backbone, torch.nn.Module)
+    geometry: Any = task.backbone.geometry
+    alone.backbone.load_state_dict(
+        alone.backbone.adapt_state_dict(task.backbone.state_dict(), geometry)  # type: ignore[operator]
+    )
+    trainer = pl.Trainer(accelerator="cpu", devices=1, **QUIET)
+    (found,) = trainer.validate(task, data_of(shards, None), verbose=False)
+    data = ImageDataModule(
+        str(shards), 16, 8, image_size=16, augmentation=PLAIN, reading=ReadingConfig(num_workers=0)
+    )
+    (wanted,) = trainer.validate(alone, data, verbose=False)
+    assert found["val_16/loss"] == pytest.approx(wanted["val/loss"], rel=1e-5)
+    assert found["val_16/top1"] == wanted["val/top1"]
+
+
+@pytest.mark.parametrize("build", [classifier, diffusion], ids=["classification", "diffusion"])
+def test_sizes_that_the_model_cannot_take_are_refused_before_training(shards: Path, build: Any) -> None:
+    for attention, sizes in ((ABSOLUTE, [16]), (RELATIVE, [9]), (RELATIVE, [[8, 8, 8]]), (RELATIVE, [0])):
+        with refused("eval_sizes"):
+            build(attention, sizes)
+    with refused("eval_sizes") as error:
+        build(ABSOLUTE, [4, 8, 16, 24])
+    assert "4, 16, 24" in str(error.value)
+    assert "mix_form: relative" in str(error.value)
+    task = build(ABSOLUTE, None)
+    with refused("attention") as error:
+        task.check_data(data_of(shards).facts(), 8)
+    assert "4, 12" in str(error.value)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, max_steps=1, accumulate_grad_batches=2, **QUIET)
+    with refused("model.attention"):
+        trainer.fit(build(ABSOLUTE, None), data_of(shards))
+
+
+def test_a_backbone_of_one_size_says_so() -> None:
+    with refused("eval_sizes") as error:
+        ClassificationTask("vlt_tiny", "mhla", {"img_size": 224}, eval_sizes=[256])
+    assert "takes samples of one size" in str(error.value)
+
+
+def test_a_teacher_sees_one_size(shards: Path) -> None:
+    task = diffusion(sizes=None)
+    task.teacher = object()  # type: ignore[assignment]
+    with refused("loss.distill"):
+        task.check_data(data_of(shards).facts(), 8)
+
+
+def test_the_mean_of_all_sizes_is_planned(shards: Path) -> None:
+    task = classifier(sizes=None)
+    task.check_data(data_of(shards, (4, 8, 12)).facts(), 8)
+    flops = []
+    for size in (4, 8, 12):
+        flops.append(classifier(sizes=None, img_size=size).flops_per_sample)
+    assert task.flops_per_sample == round(sum(flops) / 3)
+
+
+@pytest.mark.parametrize("door", ["fit", "validate"])
+@pytest.mark.parametrize("build", [classifier, diffusion], ids=["classification", "diffusion"])
+def test_another_size_of_data_than_of_the_model_is_refused_at_every_door(
+    shards: Path, build: Any, door: str
+) -> None:
+    data = ImageDataModule(
+        str(shards), 16, image_size=16, augmentation=PLAIN, reading=ReadingConfig(num_workers=0)
+    )
+    task: Task = build(sizes=None)
+    key = "img_size" if isinstance(task, ClassificationTask) else "input_size"
+    with refused(f"backbone_options.{key}"):
+        task.check_data(data.facts(), 16)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, max_steps=1, **QUIET)
+    with refused(f"model.backbone_options.{key}"):
+        getattr(trainer, door)(task, data)
+
+
+def test_other_tasks_have_one_size() -> None:
+    task = LanguageTask("lm_tiny", "softmax", {"embed_dim": 8, "depth": 1, "context": 8})
+    assert task.eval_sizes == ()
+    assert isinstance(classifier()._weightless(), TakesSizes)
