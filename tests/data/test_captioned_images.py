@@ -122,8 +122,8 @@ def test_a_digit_lies_inside_the_quadrant_that_is_named(place: int) -> None:
         assert scene.shape == (SIDE, SIDE, 3)
         rows, columns = (np.flatnonzero(ink_of(scene).any(axis)) for axis in (1, 0))
         top, left = SIDE // 2 * (place // 2), SIDE // 2 * (place % 2)
-        assert top < rows[0] <= rows[-1] < top + SIDE // 2
-        assert left < columns[0] <= columns[-1] < left + SIDE // 2
+        assert top <= rows[0] <= rows[-1] < top + SIDE // 2
+        assert left <= columns[0] <= columns[-1] < left + SIDE // 2
         assert 9 <= np.ptp(rows) + 1 <= 11
         assert abs(columns[0] + columns[-1] + 1 - 2 * left - SIDE // 2) <= 2, "the digit is in the middle"
         corners.add((rows[0], columns[0]))
