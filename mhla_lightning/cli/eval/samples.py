@@ -21,7 +21,8 @@ import dataclasses
 from mhla_lightning.cli.eval.image_table import print_numbers
 from mhla_lightning.cli.output import write_json
 from mhla_lightning.evaluation import with_options
-from mhla_lightning.evaluation.samples import DRAWN_AGREEMENTS, SampleOptions, interval
+from mhla_lightning.evaluation.sample_options import SampleOptions
+from mhla_lightning.evaluation.samples import DRAWN_AGREEMENTS, interval
 from mhla_lightning.runs.folder import find_run, runs_root
 
 HELP = "guided samples of an image or text-to-image run, judged by a classifier run"
