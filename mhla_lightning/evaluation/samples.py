@@ -1,4 +1,6 @@
-"""The evaluation `samples`: a classifier judges guided samples of an image or text-to-image diffusion run.
+"""The evaluation `samples`: a classifier judges guided samples of a diffusion run.
+
+The run draws classes, or the held-out captions of its data.
 
 Importing this module imports no torch.
 """

@@ -141,7 +141,7 @@ def agreements(wanted: np.ndarray, seen: np.ndarray, classes: Sequence[str]) -> 
 
 
 def real_agreement(data: CaptionedImageDataModule, network: Any) -> tuple[Any, float]:
-    """Return the features of all held-out pictures, and the share whose label the classifier sees.
+    """Return the features of held-out pictures, and the share that the classifier reads right.
 
     Args:
         data: the run's data module.

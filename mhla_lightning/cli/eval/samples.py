@@ -1,4 +1,4 @@
-"""Draws guided samples of an image or text-to-image run and lets a classifier run judge them.
+"""Draws guided samples of a diffusion run and lets a classifier run judge them.
 
 Agreement is the share of samples whose likeliest class is the requested one, with its 95 % interval. FD is
 the Frechet distance on the classifier's features to the validation images of the run's data. It compares

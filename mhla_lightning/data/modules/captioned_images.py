@@ -58,7 +58,7 @@ class CaptionedImageDataModule(TextConditioned, ImageDataModule):
         )
 
     def check(self, world_size: int) -> None:
-        """Check also the text encoder, and that samples have captions. Raises UserError or DataError."""
+        """Check also the text encoder and the captions. Raises UserError or DataError."""
         super().check(world_size)
         from mhla_lightning.data.encoders.text_encoders import load_text_encoder
 
@@ -88,7 +88,7 @@ class CaptionedImageDataModule(TextConditioned, ImageDataModule):
         return found
 
     def facts(self) -> dict[str, Any]:
-        """Return the kind, the shape (3, H, W), (tokens, channels) of the text, and the number of classes."""
+        """Return the kind, (3, H, W), (tokens, channels) of the text, and the classes."""
         text = self._encoding()
         return {
             "kind": "captioned_images",
