@@ -295,6 +295,11 @@ def flash_seconds(flops: int, size: int, gpu: Gpu) -> float:
     return sum(_flash(flops, size, gpu))
 
 
+def flash_forward_seconds(flops: int, size: int, gpu: Gpu) -> float:
+    """Return FlashAttention's modelled time, forward alone; see :func:`flash_seconds`."""
+    return _flash(flops, size, gpu)[0]
+
+
 def flash_times(rows: int, tokens: int, dim: int, gpu: Gpu, causal: bool = False) -> tuple[float, float]:
     """Return FlashAttention's modelled seconds, forward and backward.
 

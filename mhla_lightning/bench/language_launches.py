@@ -16,7 +16,14 @@ from mhla_lightning.attention.mhla import CausalMHLA
 from mhla_lightning.attention.mhla.decode import MHLAState, make_room
 from mhla_lightning.attention.mhla.triton.choice import CausalSizes, causal_dense_is_cheaper
 from mhla_lightning.attention.mhla.triton.launch import Launch, recorded
-from mhla_lightning.bench.kernel_launches import Gpu, Operations, Work, flash_seconds, torch_operations
+from mhla_lightning.bench.kernel_launches import (
+    Gpu,
+    Operations,
+    Work,
+    flash_forward_seconds,
+    flash_seconds,
+    torch_operations,
+)
 
 
 class _MetaHalves(HalfRotary):
@@ -131,6 +138,64 @@ class TrainingCase:
 
 
 @dataclass(frozen=True)
+class PromptCase:
+    """Outputs of prompts of half a context and the state after them, in one layer's operator.
+
+    Attributes:
+        name: shown in tables.
+        sizes: of the call.
+    """
+
+    name: str
+    sizes: LanguageSizes
+
+    @property
+    def form(self) -> str:
+        """The form that `auto` takes."""
+        return TrainingCase(self.name, replace(self.sizes, blocks=self.sizes.blocks // 2)).form
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a prompt."""
+        return self.sizes.tokens // 2
+
+    @torch.no_grad()
+    def torch_work(self) -> tuple[list[Work], list[Work]]:
+        """Return the kernels of the torch path; there is no backward."""
+        operator, s = self.sizes.operator(), self.sizes
+        with Operations() as operations:
+            q, k, v = s.inputs(self.tokens)
+            operator.prefill(q, k, v, rotary=_MetaHalves(1, self.tokens, s.dim_k))
+        return operations.found, []
+
+    @torch.no_grad()
+    def recorded_call(self, major: int) -> list[tuple[list[Launch], list[Work]]]:
+        """Return launches and operations of torch; there is no backward."""
+        from mhla_lightning.attention.mhla.triton import causal
+        from mhla_lightning.attention.mhla.triton.prefill import state_of_prompt
+        from mhla_lightning.attention.mhla.triton.terms import causal_terms
+
+        operator, s = self.sizes.operator(), self.sizes
+        q, k, v = s.inputs(self.tokens)
+        rotary, plan = (
+            _MetaHalves(1, self.tokens, s.dim_k),
+            causal.CausalPlan(s.size, self.form == "chunks", 0.0),
+        )
+        with recorded(major) as launches, Operations() as operations:
+            mixing = operator.mixing()
+            terms = causal_terms(q, mixing, operator.rule, None, None, rotary)
+            causal.forward(q, k, v, terms, plan)
+            state_of_prompt(k, v, terms, mixing, operator.rule, None, None, 0.0)
+        return [(list(launches), operations.found), ([], [])]
+
+    def flash_seconds(self, gpu: Gpu) -> float:
+        """Return causal FlashAttention's modelled time, forward alone."""
+        s = self.sizes
+        flops = s.batch * s.heads * self.tokens**2 * (s.dim_k + s.dim_v)
+        return flash_forward_seconds(flops, s.token_bytes(self.tokens), gpu)
+
+
+@dataclass(frozen=True)
 class TokenCase:
     """One more token of every sequence at the end of its context, in all layers' operators.
 
@@ -194,6 +259,7 @@ class TokenCase:
 
 LANGUAGE_CASES = (
     TrainingCase("lm_340m, 16 x 2,048", LanguageSizes(16)),
+    PromptCase("lm_340m, prompts 16 x 1,024", LanguageSizes(16)),
     TokenCase("lm_340m, a token, batch 64, 24 layers", LanguageSizes(64)),
     TokenCase("lm_340m, a token that begins a chunk", LanguageSizes(64), begins=True),
 )

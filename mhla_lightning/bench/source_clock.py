@@ -80,12 +80,14 @@ class SourceClock(Profiler):
         device: on a GPU `resume` and `pause` wait for it; between them the times are the host's.
         cpu_seconds: CPU time of this process between `resume` and `pause`, which other programs on the
             machine hardly lengthen.
+        event_seconds: between CUDA events at `resume` and `pause`; 0 on a CPU.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.device = torch.device("cpu")
-        self.cpu_seconds = self._cpu_since = 0.0
+        self.cpu_seconds = self._cpu_since = self.event_seconds = 0.0
+        self._began: torch.cuda.Event | None = None
         self._open, self._seconds, self._since = [LOOPS], defaultdict[str, float](float), time.perf_counter()
 
     def start(self, action_name: str) -> None:
@@ -104,11 +106,18 @@ class SourceClock(Profiler):
     def resume(self) -> None:
         """What has passed since `pause` belongs to nobody."""
         self._wait()
+        if self.device.type == "cuda":
+            self._began = torch.cuda.Event(enable_timing=True)
+            self._began.record()
         self._since, self._cpu_since = time.perf_counter(), time.process_time()
 
     def pause(self) -> None:
         """Ends what `resume` began; no action begins or ends in between."""
-        self._wait()
+        if self._began is not None:
+            ended = torch.cuda.Event(enable_timing=True)
+            ended.record()
+            self._wait()
+            self.event_seconds += self._began.elapsed_time(ended) / 1e3
         self._settle()
         self.cpu_seconds += time.process_time() - self._cpu_since
 
@@ -118,7 +127,7 @@ class SourceClock(Profiler):
         for action, seconds in self._seconds.items():
             taken[source_of(action)] += seconds
         self._seconds.clear()
-        self.cpu_seconds = 0.0
+        self.cpu_seconds = self.event_seconds = 0.0
         return dict(taken)
 
     def watch(self, owner: Any, method: str, action: str) -> None:

@@ -16,7 +16,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,6 +58,7 @@ class Feed:
         losses: of Lightning's micro batches.
         lightning, others: of every measured turn, seconds a step by source.
         cpu: of every measured turn, CPU seconds a step of Lightning and of the bare loop.
+        events: of every measured turn on CUDA, seconds a step between events; else empty.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Feed:
         self.lightning: list[dict[str, float]] = []
         self.others: list[dict[str, float]] = []
         self.cpu: list[tuple[float, float]] = []
+        self.events: list[tuple[float, float]] = []
         _, self._accumulation = session.data.micro_batch(1)
         self._read = session.data.train_dataloader
 
@@ -101,6 +103,7 @@ class Feed:
 
     def _note(self, bare: BareLoop, counted: bool) -> None:
         cpu = self.clock.cpu_seconds / self.steps, bare.clock.cpu_seconds / self.steps
+        events = self.clock.event_seconds / self.steps, bare.clock.event_seconds / self.steps
         lightning, other = (
             {name: seconds / self.steps for name, seconds in clock.take().items()}
             for clock in (self.clock, bare.clock)
@@ -109,6 +112,8 @@ class Feed:
             self.lightning.append(lightning)
             self.others.append(other)
             self.cpu.append(cpu)
+            if all(events):
+                self.events.append(events)
 
     def _begin(self) -> BareLoop:
         """The bare side's model is a copy of Lightning's before its first step."""
@@ -155,6 +160,8 @@ class StepTimes:
         lightning, bare: of every turn, seconds a step by source.
         cpu: of every turn, CPU seconds a step of Lightning and of the bare loop.
         device: that trained.
+        events: of every turn on CUDA, seconds a step between events, of both; they are the time of a step
+            there. Empty on a CPU, where the clock on the wall is.
     """
 
     parameters: int
@@ -164,14 +171,22 @@ class StepTimes:
     bare: list[dict[str, float]]
     cpu: list[tuple[float, float]]
     device: torch.device = torch.device("cpu")
+    events: list[tuple[float, float]] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a side."""
         cpu = [statistics.median(side) for side in zip(*self.cpu, strict=True)]
-        return [self._row(LIGHTNING, self.lightning, cpu[0]), self._row(BARE, self.bare, cpu[1])]
+        lightning, bare = zip(*self._steps, strict=True)
+        return [self._row(LIGHTNING, lightning, cpu[0]), self._row(BARE, bare, cpu[1])]
 
-    def _row(self, side: str, turns: list[dict[str, float]], cpu: float) -> dict[str, Any]:
-        seconds = [sum(turn.values()) for turn in turns]
+    @property
+    def _steps(self) -> list[tuple[float, float]]:
+        """Seconds a step of both sides, of every turn."""
+        if self.events:
+            return self.events
+        return [(sum(a.values()), sum(b.values())) for a, b in zip(self.lightning, self.bare, strict=True)]
+
+    def _row(self, side: str, seconds: Sequence[float], cpu: float) -> dict[str, Any]:
         middle = statistics.median(seconds)
         span = {"fastest_seconds": min(seconds), "slowest_seconds": max(seconds), "cpu_seconds": cpu}
         if self.device.type == "cuda":
@@ -193,7 +208,7 @@ class StepTimes:
         The first is what a run sees. Beside other programs it is uncertain by what they take; the other two
         are not.
         """
-        bare = [sum(turn.values()) for turn in self.bare]
+        bare = [other for _, other in self._steps]
         own = [_own(a) - _own(b) for a, b in zip(self.lightning, self.bare, strict=True)]
         cpu = ratio(*zip(*self.cpu, strict=True))
         return {
@@ -208,14 +223,12 @@ class StepTimes:
 
         Their spread shows how reliable the median is.
         """
-        return [sum(a.values()) / sum(b.values()) for a, b in zip(self.lightning, self.bare, strict=True)]
+        return [lightning / bare for lightning, bare in self._steps]
 
     @property
     def extra_seconds(self) -> float:
         """By how much a step is longer under Lightning, median of the turns."""
-        return statistics.median(
-            sum(a.values()) - sum(b.values()) for a, b in zip(self.lightning, self.bare, strict=True)
-        )
+        return statistics.median(lightning - bare for lightning, bare in self._steps)
 
     def breakdown(self) -> list[dict[str, Any]]:
         """Return a row a source: seconds a step, medians of the turns.
@@ -276,6 +289,7 @@ def measure(recipe: Resolved, folder: Path, steps: int, turns: int, on_turn: Cal
         feed.others,
         feed.cpu,
         device,
+        feed.events,
     )
 
 

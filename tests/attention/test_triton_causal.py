@@ -72,6 +72,33 @@ ROTARY = [
         "chunks", ((3, 6),), 16, 8, {"chunk_size": 4, "decay": "token", "decay_span": "sequence"}, rotary=True
     ),
     CausalKernelCase("chunks", ((9, 7),), 16, 16, {"chunk_size": 5}, dtype=FP16, rotary=True),
+    CausalKernelCase("dense", ((3, 6),), 24, 8, {"chunk_size": 4, **SEQUENCE}, heads=1, rotary=True),
+    CausalKernelCase("chunks", ((9,),), 8, 8, {"chunk_size": 4, "normalizer": "block"}, rotary=True),
+]
+ROTARY_RARE = [
+    CausalKernelCase("chunks", ((7, 4),), 24, 8, {"chunk_size": 4, **SEQUENCE}, heads=1, rotary=True),
+    CausalKernelCase("chunks", ((9,),), 24, 8, {"chunk_size": 4}, rotary=True),
+    CausalKernelCase(
+        "chunks",
+        ((9,),),
+        8,
+        24,
+        {"chunk_size": 4, "normalizer": "block", "decay": "head", "mix_form": "relative", "max_chunks": 2},
+        padding=2,
+        rotary=True,
+    ),
+    CausalKernelCase("dense", ((13,),), 72, 24, {"chunk_size": 5, "normalizer": "block"}, rotary=True),
+    CausalKernelCase("chunks", ((13,),), 72, 24, {"chunk_size": 5, "normalizer": "block"}, rotary=True),
+    CausalKernelCase("chunks", ((9, 7),), 40, 16, {"chunk_size": 5, **SEQUENCE}, dtype=FP16, rotary=True),
+    CausalKernelCase(
+        "chunks",
+        ((11,),),
+        24,
+        8,
+        {"chunk_size": 4, "decay": "token", "normalizer": "block"},
+        operator="linear",
+        rotary=True,
+    ),
 ]
 LONG = [
     CausalKernelCase("dense", ((90,),), 72, 24, {"chunk_size": 70, **SEQUENCE}, heads=1),
@@ -106,7 +133,7 @@ def misses(case: CausalKernelCase) -> dict[str, float]:
         *LINEAR,
         *ROTARY,
         MANY,
-        *(pytest.param(case, marks=pytest.mark.slow) for case in LONG),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in [*LONG, *ROTARY_RARE]),
     ],
     ids=lambda case: case.label,
 )

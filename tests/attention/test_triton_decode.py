@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from tests.helpers.decode_kernel_cases import DecodeCase, decode_errors
+from tests.helpers.decode_kernel_cases import DecodeCase, decode_errors, prefill_errors
 from tests.helpers.marks import every_nth
 
 TOLERANCES = {torch.float32: 3e-7, torch.float16: 1e-3}  # of the largest value of the reference
@@ -43,3 +43,25 @@ def test_steps_equal_the_forward_over_whole_sequences(
 ) -> None:
     error, torchs = interpreted.submit(decode_errors, case).result()
     assert error < TOLERANCES[case.dtype], (error, torchs)
+
+
+PROMPTS = [case for case in CASES if any(case.prompts) and "intra" not in case.entry]
+SHOWN = (1, 3, 7)  # decays by chunk and over the sequence, normalizers, a relative form, linear attention
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if n in SHOWN else pytest.param(case, marks=pytest.mark.slow)
+        for n, case in enumerate([*PROMPTS, DecodeCase((6, 2), 0, 8, 8, {**LINEAR, "decay": "head"})])
+    ],
+    ids=lambda case: case.label,
+)
+def test_the_state_after_a_prompt_is_that_of_its_tokens_one_by_one(
+    interpreted: ProcessPoolExecutor, case: DecodeCase
+) -> None:
+    """On the kernels, where they take the feature map."""
+    found = interpreted.submit(prefill_errors, case).result()
+    assert len(found) >= 2
+    for name, error in found.items():
+        assert error < TOLERANCES[case.dtype], (name, found)

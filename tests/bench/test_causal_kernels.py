@@ -91,8 +91,11 @@ def test_flops_are_counted_for_both_forms(form: str) -> None:
         ((128, 256), "none", False, False, False),
         ((128, 256), "sequence", True, True, False),
         ((64, 64), "sequence", True, True, False),
+        ((64, 64), "none", False, True, True),
+        ((72, 72), "none", False, False, True),
+        ((128, 256), "none", False, True, True),
     ],
-    ids=["lm_340m", "no rotary", "normalizer", "64"],
+    ids=["lm_340m", "no rotary", "normalizer", "64", "rotary and normalizer", "72", "wide, both"],
 )
 def test_causal_kernels_compile_without_spills(
     capability: int,

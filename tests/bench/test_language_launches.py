@@ -12,7 +12,7 @@ from mhla_lightning.attention.mhla.triton.launch import Launch, recorded
 from mhla_lightning.bench.kernel_launches import operator_times
 from mhla_lightning.bench.language_launches import LANGUAGE_CASES
 
-TRAINING, TOKEN, BEGINNING = LANGUAGE_CASES
+TRAINING, PROMPT, TOKEN, BEGINNING = LANGUAGE_CASES
 
 
 def test_training_of_lm_340m_keeps_its_goal() -> None:
@@ -21,6 +21,16 @@ def test_training_of_lm_340m_keeps_its_goal() -> None:
     assert row["form"] == "chunks"
     assert row["triton_ms"] <= 0.75
     assert row["torch_ms"] > 5 * row["triton_ms"]
+
+
+def test_prompts_take_the_forward_and_one_kernel_more() -> None:
+    (times,) = operator_times([PROMPT])
+    row = times.row()
+    names = [launch.name for launch in PROMPT.recorded_call(9)[0][0]]
+    assert names == ["causal_forward_kernel", "chunk_sum_kernel"]
+    assert row["triton_kernels"][1] == 0
+    assert row["torch_kernels"][0] > 2 * row["triton_kernels"][0]
+    assert row["torch_ms"] > 3 * row["triton_ms"]
 
 
 def test_a_token_of_all_layers_moves_its_sums_once() -> None:

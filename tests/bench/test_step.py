@@ -177,6 +177,40 @@ def test_the_clock_gives_every_moment_to_one_source(monkeypatch: pytest.MonkeyPa
     assert clock.take() == {}
 
 
+def test_steps_on_cuda_are_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's clock would also count what it waits for after the last kernel."""
+    marks: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            marks.append(len(marks))
+            self.at = len(marks)
+
+        def elapsed_time(self, other: Event) -> float:
+            return 250.0 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    clock = SourceClock()
+    clock.device = torch.device("cuda")
+    for _ in range(2):
+        clock.resume()
+        clock.pause()
+    assert clock.event_seconds == 0.5
+    clock.take()
+    assert clock.event_seconds == 0
+    host = [{"backward": 8.0}, {"backward": 8.0}]
+    cpu = [(1.0, 1.0)] * 2
+    device = torch.device("cuda")
+    times = StepTimes(1, 8, 0.0, host, host, cpu, device, [(3.0, 2.0), (5.0, 4.0)])
+    assert [row["step_seconds"] for row in times.rows()] == [4.0, 3.0]
+    assert times.ratios == [1.5, 1.25]
+    assert times.extra_seconds == 1.0
+
+
 @pytest.mark.parametrize(
     ("action", "source"),
     [

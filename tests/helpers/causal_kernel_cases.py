@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -98,7 +98,9 @@ def causal_errors(case: CausalKernelCase, device: str = "cpu") -> dict[str, tupl
     """Return the errors of the kernels and of the torch path in float32, of output and gradients.
 
     The kernels run on `device`, the torch path on the CPU. Both errors are relative to the largest value of
-    the reference, the full matrix of every document in float64.
+    the reference, the full matrix of every document in float64. Gradients through numerator and normalizer
+    nearly cancel; where rotary turns one of them only, both are rounded before, and errors are relative to
+    the larger one.
     """
     from mhla_lightning.attention.mhla.triton import causal_ops, tiles
 
@@ -125,7 +127,14 @@ def causal_errors(case: CausalKernelCase, device: str = "cpu") -> dict[str, tupl
         got = _all(kernels.to(device), case, there, grad.to(device))
     want = _all(reference, case, [x.double() for x in inputs], grad.double(), by_document=True)
     beside = _all(plain, case, [x.float() for x in inputs], grad.float())
-    return {name: (_relative(got[name], want[name]), _relative(beside[name], want[name])) for name in want}
+    scales = {name: x.abs().max() for name, x in want.items()}
+    if case.rotary and case.options.get("normalizer") == "block":
+        part = _all(reference, case, [x.double() for x in inputs], grad.double(), True, numerator=True)
+        scales = {name: x.abs().max().maximum(scales[name]) for name, x in part.items()}
+    return {
+        name: (_relative(got[name], x, scales[name]), _relative(beside[name], x, scales[name]))
+        for name, x in want.items()
+    }
 
 
 def _operator(case: CausalKernelCase, kernel: str) -> CausalAttention:
@@ -146,8 +155,9 @@ def _all(
     inputs: Sequence[Tensor],
     grad: Tensor,
     by_document: bool = False,
+    numerator: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the output and all gradients by name."""
+    """Return the output and all gradients by name, with `numerator` those through the numerator alone."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     q, k, v, log_decay = (*leaves, None)[:4]
     if by_document:
@@ -155,14 +165,8 @@ def _all(
         for row, begin, end in case.spans():
             turn = case.turn(torch.zeros(1, end - begin, dtype=torch.int64), torch.float64)
             parts = [x[row : row + 1, begin:end] for x in leaves]
-            plain = operator
-            if turn is not None:  # the reference takes features that are turned already
-                assert isinstance(operator, (CausalLinear, CausalMHLA))
-                parts[:2] = [turn(operator.phi(x)) for x in parts[:2]]
-                plain = copy.copy(operator)
-                plain.phi = _same
-            at = torch.arange(begin, end)
-            out = out.index_put((torch.tensor(row), at), dense(plain, *parts)[0])
+            found = dense(operator, *parts) if turn is None else _turned(operator, turn, numerator, *parts)
+            out = out.index_put((torch.tensor(row), torch.arange(begin, end)), found[0])
     else:
         out = operator(q, k, v, case.context(log_decay, grad.device))
     parameters = dict(operator.named_parameters())
@@ -171,12 +175,40 @@ def _all(
     return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
 
 
+def _turned(
+    operator: CausalAttention,
+    turn: Rotary,
+    alone: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+) -> Tensor:
+    """The reference with features that are turned for the numerator, and are not for the normalizer.
+
+    `alone` gives the normalizer no gradient.
+    """
+    assert isinstance(operator, (CausalLinear, CausalMHLA))
+    plain = copy.copy(operator)
+    plain.phi = _same
+    if isinstance(plain, CausalMHLA):
+        normalizer, plain.rule = plain.rule.normalizer, replace(plain.rule, normalizer="none")
+    else:
+        normalizer, plain.normalizer = plain.normalizer, "none"
+    features = [operator.phi(x) for x in (q, k)]
+    numerator = dense(plain, turn(features[0]), turn(features[1]), v, log_decay)
+    if normalizer == "none":
+        return numerator
+    total = dense(plain, features[0], features[1], torch.ones_like(v[..., :1]), log_decay) + EPS
+    return numerator / (total.detach() if alone else total)
+
+
 def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
-    return float((got.cpu().double() - want).abs().max() / want.abs().max())
+def _relative(got: Tensor, want: Tensor, scale: Tensor) -> float:
+    return float((got.cpu().double() - want).abs().max() / scale)
 
 
 def check_causal_operators() -> dict[str, str]:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from mhla_lightning.attention import CausalAttention, build_attention
+from mhla_lightning.attention.base import State
 from mhla_lightning.attention.context import Rotary
 from mhla_lightning.attention.mhla import CausalMHLA
+from mhla_lightning.attention.mhla.decode import MHLAState
 from mhla_lightning.backbones.rotary import rotations
+from mhla_lightning.inference.text.token_graph import tensors_of
 
 EPS = 1e-3  # of features and normalizer; large enough to matter
 
@@ -93,6 +96,54 @@ def decode_errors(case: DecodeCase) -> tuple[float, float]:
     got = _stepped(case.operator("triton"), case, inputs)
     beside = _stepped(case.operator("torch"), case, [x.float() for x in inputs])
     return _relative(got, want), _relative(beside, want)
+
+
+@torch.no_grad()
+def prefill_errors(case: DecodeCase) -> dict[str, float]:
+    """Return the errors of the outputs and of every tensor of the state after the prompts.
+
+    They are relative to the largest value of the reference: the tokens one by one, on torch in float64.
+    """
+    torch.manual_seed(1)
+    most, prompts = max(case.prompts), torch.tensor(case.prompts)
+    shapes = [(len(prompts), most, case.heads, dim) for dim in (case.dim, case.dim, case.dim_v)]
+    inputs = [torch.randn(shape).to(case.dtype) for shape in shapes]
+    logs = -0.5 * torch.rand(len(prompts), most, case.heads)
+    kernels, reference = case.operator("triton"), case.operator("torch").double()
+    positions = torch.arange(most).expand(len(prompts), -1)
+    real = positions < prompts[:, None]
+    rotary, decay = case.turn(positions, torch.float32), logs if kernels.token_decay else None
+    q, k, v = inputs
+    out, got = kernels.prefill(q, k, v, mask=real, rotary=rotary, log_decay=decay)
+    found: dict[str, float] = {}
+    for b, length in enumerate(case.prompts):
+        sizes = {"heads": case.heads, "dim_k": case.dim, "dim_v": case.dim_v}
+        state: State = reference.init_state(1, **sizes, device="cpu", dtype=torch.float64)
+        outs = []
+        for t in range(length):
+            rotary = case.turn(torch.tensor([[t]]), torch.float64)
+            decay = logs[b : b + 1, t : t + 1].double() if kernels.token_decay else None
+            q, k, v = (x[b : b + 1, t : t + 1].double() for x in inputs)
+            step, state = reference.step(q, k, v, state, rotary=rotary, log_decay=decay)
+            outs.append(step)
+        pairs = {"out": (out[b : b + 1, :length], torch.cat(outs, 1))} if outs else {}
+        row = got.reorder(torch.tensor([b]))
+        for each in (row, state):
+            if isinstance(each, MHLAState) and not each.filled[0]:
+                for part in each.parts():
+                    part.mixed.zero_()  # of the chunk before, and not read again
+        pairs |= {str(n): pair for n, pair in enumerate(zip(tensors_of(row), tensors_of(state), strict=True))}
+        for name, (ours, theirs) in pairs.items():
+            if ours.dim() > 2 and ours.shape != theirs.shape:  # rings grow in other steps
+                places = min(ours.shape[2], theirs.shape[2])
+                assert not ours[:, :, places:].any()
+                assert not theirs[:, :, places:].any()
+                ours, theirs = ours[:, :, :places], theirs[:, :, :places]  # noqa: PLW2901
+            if theirs.numel():
+                scale = float(theirs.abs().max()) or 1.0
+                error = float((ours.double() - theirs).abs().max()) / scale
+                found[name] = max(found.get(name, 0.0), error)
+    return found
 
 
 def _whole(operator: CausalAttention, case: DecodeCase, inputs: list[Tensor], prompt: int) -> Tensor:

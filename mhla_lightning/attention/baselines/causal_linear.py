@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ from mhla_lightning.attention.packing import Packing
 
 NORMALIZERS = ("none", "block")
 DECAYS = ("head", "token")
+
+
+if TYPE_CHECKING:
+    from mhla_lightning.attention.mhla.triton.terms import CausalTerms
 
 
 @dataclass
@@ -61,8 +66,8 @@ class CausalLinear(base.CausalAttention):
         decay: `head` is one learned g per head (RetNet, arXiv 2307.08621). `token` is one g per token and
             head, which the layer computes. None means g = 1.
         eps: added to the normalizer, and by `relu_eps` to the features.
-        kernel: `auto`, `triton` or `torch`, see :func:`choice.kernel_setting`; it serves whole rows and
-            single tokens. Prefill always runs on torch.
+        kernel: `auto`, `triton` or `torch`, see :func:`choice.kernel_setting`; it serves whole rows, prompts
+            and single tokens. Prompts that the kernels cannot take run on torch.
 
     Raises:
         UserError: unknown names.
@@ -100,13 +105,17 @@ class CausalLinear(base.CausalAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         lower = choice.operands(self.kernel, q, k, v)
-        unfit = choice.causal_unfit(self.offset, self.normalizer, context)
+        unfit = choice.causal_unfit(self.offset)
         if choice.takes_causal(self.kernel, *lower, context, unfit):
             return self._on_triton(*lower, context)
         with base.full_precision(q):
             return self._in_chunks(q, k, v, context, keep=False)[0]
 
     def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, base.State]:
+        lower = choice.operands(self.kernel, q, k, v)
+        unfit = choice.causal_unfit(self.offset)
+        if choice.takes_prefill(self.kernel, *lower, context, self.decay, unfit):
+            return self._prefill_on_triton(*lower, context)
         with base.full_precision(q):
             out, state = self._in_chunks(q, k, v, context, keep=True)
         assert state is not None
@@ -193,16 +202,45 @@ class CausalLinear(base.CausalAttention):
     def _on_triton(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Compute MHLA of relative form whose one weight is 1."""
         from mhla_lightning.attention.mhla.triton.causal_ops import triton_causal_mhla
-        from mhla_lightning.attention.mhla.triton.terms import causal_terms
 
         assert self.offset is not None
-        rule = CausalRule(self.chunk_size, form="relative", decay_span="sequence")
+        rule, terms = self._terms(q, context)
+        eps = self.eps if self.normalizer == "block" else None
+        return triton_causal_mhla(q, k, v, terms, rule.chunk_size, offset=self.offset, eps=eps)
+
+    def _terms(self, q: Tensor, context: Context) -> tuple[CausalRule, CausalTerms]:
+        """Return the rule of that MHLA, and what the kernels read beside q, k and v."""
+        from mhla_lightning.attention.mhla.triton.terms import causal_terms
+
+        rule = CausalRule(
+            self.chunk_size,
+            normalizer=self.normalizer,
+            eps=self.eps,
+            form="relative",
+            decay_span="sequence",
+        )
         with base.full_precision(q):
             one = torch.ones(1, 1, device=q.device)
             log_decay = self._kernel_decay(context.log_decay)
-            terms = causal_terms(q, one, rule, context.packed(), log_decay, context.rotary)
+            return rule, causal_terms(q, one, rule, context.packed(), log_decay, context.rotary)
+
+    def _prefill_on_triton(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context
+    ) -> tuple[Tensor, LinearState]:
+        from mhla_lightning.attention.mhla.triton.causal_ops import triton_causal_mhla
+        from mhla_lightning.attention.mhla.triton.prefill import sums_of_prompt
+
+        assert self.offset is not None
+        rule, terms = self._terms(q, context)
         eps = self.eps if self.normalizer == "block" else None
-        return triton_causal_mhla(q, k, v, terms, self.chunk_size, offset=self.offset, eps=eps)
+        out = triton_causal_mhla(q, k, v, terms, rule.chunk_size, offset=self.offset, eps=eps)
+        with base.full_precision(q):
+            log_decay = self._kernel_decay(context.log_decay)
+            if log_decay is not None and log_decay.dim() == 1:
+                log_decay = log_decay[:, None].expand(len(q), -1, q.shape[1])
+            packing = context.packed()
+            state = sums_of_prompt(k, v, terms, rule, packing, log_decay, self.offset)
+        return out, LinearState(*state)
 
     def _step_on_triton(
         self, q: Tensor, k: Tensor, v: Tensor, state: LinearState, context: Context

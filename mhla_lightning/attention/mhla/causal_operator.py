@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mhla_lightning.arguments.checked import CheckedOptions
 from mhla_lightning.attention import base
 from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.chunks import EXTRAPOLATIONS, SPANS, check_reach
@@ -22,6 +24,9 @@ from mhla_lightning.attention.mhla.triton import choice
 from mhla_lightning.attention.mhla.window import Window, window_after, window_attention
 from mhla_lightning.attention.packing import Packing
 from mhla_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from mhla_lightning.attention.mhla.triton.terms import CausalTerms
 
 INTRAS = ("plain", "decay", "window")
 DECAYS = ("head", "token")
@@ -48,7 +53,7 @@ class WindowedState:
 
 
 @dataclass(frozen=True)
-class CausalMHLAOptions:
+class CausalMHLAOptions(CheckedOptions):
     """Keys of a causal `mhla` entry that belong to the operator.
 
     Defaults are the paper's; `intra`, `decay` and `mix_form: relative` go beyond it.
@@ -71,8 +76,8 @@ class CausalMHLAOptions:
         decay_span: `chunk` keeps summaries undecayed; `sequence` also decays across chunks.
         feature_map: see :func:`mhla_lightning.attention.base.feature_map`.
         eps: added to the normalizer, and by `relu_eps` to the features.
-        kernel: `auto`, `triton` or `torch`, see :func:`choice.kernel_setting`; it serves whole rows and
-            single tokens. Prefill always runs on torch.
+        kernel: `auto`, `triton` or `torch`, see :func:`choice.kernel_setting`; it serves whole rows, prompts
+            and single tokens. Prompts that the kernels cannot take run on torch.
     """
 
     chunk_size: int = 64
@@ -176,37 +181,59 @@ class CausalMHLA(base.CausalAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         lower = choice.operands(self.kernel, q, k, v)
-        if choice.takes_causal(self.kernel, *lower, context, self._unfit(context)):
+        if choice.takes_causal(self.kernel, *lower, context, self._unfit()):
             return self._on_triton(*lower, context)
         return self._in_chunks(q, k, v, context, keep=False)[0]
 
     def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, base.State]:
+        lower = choice.operands(self.kernel, q, k, v)
+        if choice.takes_prefill(self.kernel, *lower, context, self.mixing.weight, self._unfit()):
+            return self._prefill_on_triton(*lower, context)
         out, state = self._in_chunks(q, k, v, context, keep=True)
         assert state is not None
         return out, state
 
-    def _unfit(self, context: Context) -> str | None:
+    def _unfit(self) -> str | None:
         """Return what of this operator Triton kernels over whole rows cannot do."""
         if self.intra == "window":
             return "it takes no intra 'window'"
-        return choice.causal_unfit(self.offset, self.rule.normalizer, context)
+        return choice.causal_unfit(self.offset)
 
     def prepare(self, packing: Packing) -> None:
         choice.prepare(self.kernel, packing.chunks(self.chunk_size))
 
     def _on_triton(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         from mhla_lightning.attention.mhla.triton.causal_ops import triton_causal_mhla
-        from mhla_lightning.attention.mhla.triton.terms import causal_terms
 
         assert self.offset is not None
-        rule = self.rule
-        with base.full_precision(q):
-            wide = torch.empty(0, device=q.device)  # mixing and decay are computed in float32
-            log_decay = self._log_decay(wide, context.log_decay)
-            packing = context.packed()
-            terms = causal_terms(q, self._mixing(wide), rule, packing, log_decay, context.rotary)
+        rule, (terms, _, _) = self.rule, self._terms(q, context)
         eps = rule.eps if rule.normalizer == "block" else None
         return triton_causal_mhla(q, k, v, terms, rule.chunk_size, offset=self.offset, eps=eps)
+
+    def _terms(self, q: Tensor, context: Context) -> tuple[CausalTerms, Tensor, Tensor | None]:
+        """Return what the kernels read beside q, k and v, and the mixing and decay that it is made of."""
+        from mhla_lightning.attention.mhla.triton.terms import causal_terms
+
+        with base.full_precision(q):
+            wide = torch.empty(0, device=q.device)  # mixing and decay are computed in float32
+            log_decay, mixing = self._log_decay(wide, context.log_decay), self._mixing(wide)
+            terms = causal_terms(q, mixing, self.rule, context.packed(), log_decay, context.rotary)
+        return terms, mixing, log_decay
+
+    def _prefill_on_triton(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context
+    ) -> tuple[Tensor, base.State]:
+        from mhla_lightning.attention.mhla.triton.causal_ops import triton_causal_mhla
+        from mhla_lightning.attention.mhla.triton.prefill import state_of_prompt
+
+        assert self.offset is not None
+        rule, (terms, mixing, log_decay) = self.rule, self._terms(q, context)
+        eps = rule.eps if rule.normalizer == "block" else None
+        out = triton_causal_mhla(q, k, v, terms, rule.chunk_size, offset=self.offset, eps=eps)
+        with base.full_precision(q):
+            packing = context.packed()
+            state = state_of_prompt(k, v, terms, mixing, rule, packing, log_decay, self.offset)
+        return out, state
 
     def _in_chunks(
         self, q: Tensor, k: Tensor, v: Tensor, context: Context, *, keep: bool

@@ -5,13 +5,15 @@ It equals the state that `decode` reaches token by token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhla_lightning.attention.chunks import ChunkedTokens
+from mhla_lightning.attention.base import sent
+from mhla_lightning.attention.chunks import ChunkedTokens, Decay
 from mhla_lightning.attention.mhla.decode import MHLAState, Reach, Summaries, enter_chunk
 from mhla_lightning.attention.mhla.rule import CausalRule
 
@@ -36,27 +38,31 @@ def state_after(
         mixing: as for :func:`attend_in_chunks`.
         rule: the settings.
     """
-    batch, heads, _, size = tokens.k.shape[:4]
+    batch, heads, count, size = tokens.k.shape[:4]
     lengths = [tokens.tokens] * batch if real is None else real.sum(1).tolist()
-    filled, finished = [n % size for n in lengths], [n // size for n in lengths]
-    reach = Reach(mixing.shape[-1], rule.merges)
-    chosen = _Chosen.of(tokens, filled, finished, reach)
-    state = MHLAState(rule, reach, filled, finished, chosen.summaries(tokens, summaries))
-    if ones is not None and sums is not None:
-        state.norms = chosen.summaries(ones, sums)
-    if chosen.since_start is not None and rule.decay_span == "sequence":
-        state.since_start, state.since_end = chosen.since_start.expand(-1, heads), chosen.since_end
-    begun = [b for b in range(batch) if filled[b]]
-    if begun:
-        enter_chunk(state, begun, mixing)
-    return state
+    kept = KeptChunks.of(lengths, count, tokens.decay, mixing, rule)
+    values = kept.summaries(summaries, *_current(kept, tokens))
+    norms = None if ones is None or sums is None else kept.summaries(sums, *_current(kept, ones))
+    return kept.state(values, norms, heads, mixing, rule)
+
+
+def _current(kept: KeptChunks, tokens: ChunkedTokens) -> tuple[Tensor, Tensor | None]:
+    """Return the sums of the chunk being filled, and as its tokens read it; see `Summaries`."""
+    k, v = chunk_of(tokens.k, kept.current), chunk_of(tokens.v, kept.current)
+    current = k.transpose(-2, -1) @ v
+    fade = kept.fade(tokens.decay)
+    if tokens.decay is None or fade is None:
+        return current, None
+    decayed = (k * fade.exp().unsqueeze(-1)).transpose(-2, -1) @ v
+    return (decayed, None) if tokens.decay.span == "sequence" else (current, decayed)
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class KeptChunks:
     """The chunks of a call that the state after it keeps.
 
     Attributes:
+        filled, finished: tokens in the current chunk and finished chunks, of every sequence.
         places: (batch, places) int64, the chunk in each place of the ring; -1 where there is none.
         far: (batch, heads or 1, M), decays of the chunks that are merged and 0 for all others; None where far
             chunks are not read.
@@ -66,6 +72,8 @@ class _Chosen:
             the decay spans the sequence.
     """
 
+    filled: list[int]
+    finished: list[int]
     places: Tensor
     far: Tensor | None
     current: Tensor
@@ -73,61 +81,92 @@ class _Chosen:
     since_end: Tensor | None
 
     @classmethod
-    def of(cls, tokens: ChunkedTokens, filled: list[int], finished: list[int], reach: Reach) -> _Chosen:
-        """Choose by the tokens in the current chunk and the finished chunks of every sequence."""
-        device, count = tokens.k.device, tokens.k.shape[2]
-        current, in_chunk = torch.tensor(finished, device=device), torch.tensor(filled, device=device)
+    def of(
+        cls, lengths: Sequence[int], count: int, decay: Decay | None, mixing: Tensor, rule: CausalRule
+    ) -> KeptChunks:
+        """Choose the chunks.
+
+        Args:
+            lengths: real tokens of every sequence.
+            count: chunks of the call, M.
+            decay: of the call; None means none.
+            mixing: as for :func:`attend_in_chunks`.
+            rule: the settings.
+        """
+        device, reach = mixing.device, Reach(mixing.shape[-1], rule.merges)
+        filled, finished = [n % rule.chunk_size for n in lengths], [n // rule.chunk_size for n in lengths]
+        current, in_chunk = sent(finished, device), sent(filled, device)
         place = torch.arange(min(max(finished), reach.kept), device=device)
         chunk = current[:, None] - 1 - (current[:, None] - 1 - place) % max(1, reach.kept)
         places = torch.where(chunk >= 0, chunk, -1)
         far = None
         if reach.merges:
             is_far = torch.arange(count, device=device) < current[:, None] - reach.kept
-            far = is_far.to(tokens.k.dtype).unsqueeze(1)
-        if tokens.decay is None:
-            return cls(places, far, current, None, None)
-        heads = tokens.decay.until.shape[1]
-        until = _chunk(tokens.decay.until.expand(len(finished), heads, count, -1), current)
+            far = is_far.to(mixing.dtype).unsqueeze(1)
+        if decay is None:
+            return cls(filled, finished, places, far, current, None, None)
+        heads = decay.until.shape[1]
+        until = chunk_of(decay.until.expand(len(finished), heads, count, -1), current)
         since_start = (
             F.pad(until, (1, 0)).gather(-1, in_chunk[:, None, None].expand(-1, heads, 1)).squeeze(-1)
         )
-        if tokens.decay.span == "chunk":
-            return cls(places, far, current, since_start, None)
+        if decay.span == "chunk":
+            return cls(filled, finished, places, far, current, since_start, None)
         # At [.., i]: the decay over all chunks before chunk i.
-        ends = F.pad(tokens.decay.total.expand(len(finished), heads, -1).cumsum(-1), (1, 0))
+        ends = F.pad(decay.total.expand(len(finished), heads, -1).cumsum(-1), (1, 0))
         before = ends.gather(-1, current[:, None, None].expand(-1, heads, 1))
         since_end = before - ends.gather(-1, (places + 1)[:, None].expand(-1, heads, -1))
         if far is not None:
             far = far * (before - ends[..., 1:]).clamp_max(0).exp()
-        return cls(places, far, current, since_start, since_end)
+        return cls(filled, finished, places, far, current, since_start, since_end)
 
-    def summaries(self, tokens: ChunkedTokens, summaries: Tensor) -> Summaries:
-        """Return the chosen summaries and the current chunk.
+    def fade(self, decay: Decay | None) -> Tensor | None:
+        """Return the log decay from each place of the current chunk to its last token.
+
+        It is (batch, heads, size); None without decay. Places after the last token hold no key; the bound
+        keeps their factor finite.
+        """
+        if decay is None or self.since_start is None:
+            return None
+        until = decay.until.expand(len(self.filled), -1, decay.total.shape[-1], -1)
+        return (self.since_start.unsqueeze(-1) - chunk_of(until, self.current)).clamp_max(0)
+
+    def summaries(self, summaries: Tensor, current: Tensor, faded: Tensor | None) -> Summaries:
+        """Return the chosen summaries beside the current chunk.
 
         Args:
-            tokens: q, k and v in chunks.
             summaries: of all chunks, (batch, heads, M, dim_k, dim_v).
+            current, faded: see `Summaries`.
         """
-        index = self.places.clamp_min(0)[:, None, :, None, None].expand(
-            -1, summaries.shape[1], -1, *summaries.shape[3:]
-        )
-        ring = summaries.gather(2, index) * (self.places >= 0)[:, None, :, None, None].to(summaries.dtype)
+        least, most, places = min(self.finished), max(self.finished), self.places.shape[1]
+        if least == most == places:  # place b holds chunk b of every sequence
+            ring = summaries[:, :, :places]
+        else:
+            index = self.places.clamp_min(0)[:, None, :, None, None]
+            ring = summaries.gather(2, index.expand(-1, summaries.shape[1], -1, *summaries.shape[3:]))
+        if least < places:
+            ring = ring * (self.places >= 0)[:, None, :, None, None].to(summaries.dtype)
         far = None
         if self.far is not None:
             flat = (self.far.unsqueeze(-2) @ summaries.flatten(3)).squeeze(-2)
             far = flat.unflatten(-1, summaries.shape[3:])
-        k, v = _chunk(tokens.k, self.current), _chunk(tokens.v, self.current)
-        current, faded = k.transpose(-2, -1) @ v, None
-        if tokens.decay is not None and self.since_start is not None:
-            until = _chunk(tokens.decay.until.expand(len(k), -1, tokens.k.shape[2], -1), self.current)
-            # Places after the last token hold no key; the bound keeps their factor finite.
-            gains = (self.since_start.unsqueeze(-1) - until).clamp_max(0).exp().unsqueeze(-1)
-            decayed = (k * gains).transpose(-2, -1) @ v
-            current, faded = (decayed, None) if tokens.decay.span == "sequence" else (current, decayed)
         return Summaries(ring, far, current, faded, torch.zeros_like(current))
 
+    def state(
+        self, values: Summaries, norms: Summaries | None, heads: int, mixing: Tensor, rule: CausalRule
+    ) -> MHLAState:
+        """Return the state, whose earlier chunks are mixed for the current one."""
+        reach = Reach(mixing.shape[-1], rule.merges)
+        state = MHLAState(rule, reach, self.filled, self.finished, values, norms)
+        if self.since_start is not None and rule.decay_span == "sequence":
+            state.since_start, state.since_end = self.since_start.expand(-1, heads), self.since_end
+        begun = [b for b, filled in enumerate(self.filled) if filled]
+        if begun:
+            enter_chunk(state, begun, mixing)
+        return state
 
-def _chunk(x: Tensor, number: Tensor) -> Tensor:
+
+def chunk_of(x: Tensor, number: Tensor) -> Tensor:
     """Take the chunk `number` (batch,) of every sequence.
 
     Args:

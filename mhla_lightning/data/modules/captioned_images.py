@@ -90,10 +90,12 @@ class CaptionedImageDataModule(TextConditioned, ImageDataModule):
     def facts(self) -> dict[str, Any]:
         """Return the kind, (3, H, W), (tokens, channels) of the text, and the classes."""
         text = self._encoding()
+        shares = {} if self.buckets is None else self.shares()
         return {
             "kind": "captioned_images",
-            "shapes": [(3, *self.image_size)],
+            "shapes": [(3, *size) for size in dict.fromkeys([self.image_size, *shares])],
             "text": (text.tokens, text.channels),
             "vae": None,
             "classes": self.num_classes,
+            "sizes": shares,
         }

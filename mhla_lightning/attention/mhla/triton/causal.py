@@ -111,10 +111,17 @@ def _pair_constants(q: Tensor, v: Tensor, terms: CausalTerms, plan: CausalPlan) 
     }
 
 
-def _tile(kernel: str, q: Tensor, v: Tensor, plan: CausalPlan, chunks: int) -> tiles.Tile:
+def _tile(kernel: str, q: Tensor, v: Tensor, plan: CausalPlan, terms: CausalTerms) -> tiles.Tile:
     wide = max(tiles.power_of_two(q.shape[3]), tiles.power_of_two(v.shape[3]))
-    rows_ = plan.padded if plan.far else chunks * plan.padded
-    return tiles.causal_tile(kernel, wide, rows_, q.element_size(), capability_of(q))
+    rows_ = plan.padded if plan.far else terms.chunks * plan.padded
+    apart, uneven = plan.eps is not None and terms.turns is not None, _uneven(q, terms)
+    sizes = (wide, rows_, q.element_size(), capability_of(q))
+    return tiles.causal_tile(kernel, *sizes, apart=apart, uneven=uneven)
+
+
+def _uneven(q: Tensor, terms: CausalTerms) -> bool:
+    """Return whether rotary turns a number of channels that is no power of two."""
+    return terms.turns is not None and tiles.power_of_two(q.shape[3]) != q.shape[3]
 
 
 def chunk_sums(
@@ -124,6 +131,7 @@ def chunk_sums(
     terms: CausalTerms,
     plan: CausalPlan,
     forward_results: Sequence[Tensor] = (),
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the means of phi(x) y^T of every chunk, and the sums of phi(x) for the normalizer.
 
@@ -133,16 +141,18 @@ def chunk_sums(
         fade: (batch, heads, M, size), log decay of each x; None means no decay.
         terms, plan: of the call.
         forward_results: output and 1 / normalizer where y is a gradient.
+        exact: return sums in float32 instead of means in x's dtype.
 
     Returns:
         (batch, heads, M, dim_k, dim_v) and (batch, heads, M, dim_k); the latter is empty without normalizer.
     """
     batch, _, heads, dim = x.shape
     dim_v, count = y.shape[3], terms.chunks
-    sums = torch.empty((batch, heads, count, dim, dim_v), dtype=x.dtype, device=x.device)
+    dtype = torch.float32 if exact else x.dtype
+    sums = torch.empty((batch, heads, count, dim, dim_v), dtype=dtype, device=x.device)
     z_shape = sums.shape[:-1] if plan.eps is not None else (0,) * 4
     z = torch.empty(z_shape, dtype=torch.float32, device=x.device)
-    tile = _tile("sum", x, y, plan, count)
+    tile = _tile("sum", x, y, plan, terms)
     slice_, slices = tiles.slices_of(tiles.power_of_two(dim), tiles.power_of_two(dim_v))
     out, inverse = forward_results or (y, z)
     shared = x if fade is None else fade
@@ -161,7 +171,7 @@ def chunk_sums(
         "inverse": inverse,
         "sums": sums,
         "z": z,
-        "scale": 1 / plan.size,
+        "scale": 1.0 if exact else 1 / plan.size,
         "BD": slice_,
         "BT": tile.queries,
         "SLICES": slices,
@@ -352,7 +362,7 @@ def forward(
         "inverse": inverse,
         "eps": plan.eps or 0.0,
     }
-    tile = _tile("forward", q, v, plan, terms.chunks)
+    tile = _tile("forward", q, v, plan, terms)
     _launch_pairs(causal_forward_kernel, tile, arguments, (1, 1), batch)
     return out, inverse, mixed, z_mixed, summary, z
 
@@ -405,7 +415,8 @@ def backward(
         "grad": grad,
     }
     alone = None
-    if plan.far and plan.eps is None and terms.until is None and capability_of(q) >= 9:
+    simple = plan.eps is None and terms.until is None and not _uneven(q, terms)
+    if plan.far and simple and capability_of(q) >= 9:
         padded = arguments["DP"], arguments["DVP"], plan.padded
         alone = tiles.own_tile(*padded, q.element_size())
     if alone is not None:
@@ -413,7 +424,7 @@ def backward(
         gradients = {"dq": dq, "dk": dk, "dv": dv, "d_weights": parts}
         _launch_own(alone, {**arguments, "mixed": mixed, "d_summary": d_summary, **gradients}, batch)
     else:
-        tile, keys_tile = (_tile(name, q, v, plan, count) for name in ("queries", "keys"))
+        tile, keys_tile = (_tile(name, q, v, plan, terms) for name in ("queries", "keys"))
         down, across = (
             max(1, plan.padded // width) for width in (tile.queries, tile.keys)
         )  # tiles of a chunk

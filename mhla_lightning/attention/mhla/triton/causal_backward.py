@@ -6,15 +6,19 @@ import triton
 import triton.language as tl
 
 from mhla_lightning.attention.mhla.triton.causal_device import (
+    channel_rows,
+    channels,
     chunk_rows,
     fading,
+    inside_of,
+    keep_positive,
     logs,
-    positive,
+    phi_of,
     turned,
     turned_back,
     weight_tile,
 )
-from mhla_lightning.attention.mhla.triton.device import features, keep, product, rows
+from mhla_lightning.attention.mhla.triton.device import keep, product, rows
 
 
 @triton.jit
@@ -96,11 +100,17 @@ def causal_queries_kernel(
     sin += b * scb
     place, there, chunk, t, qa = chunk_rows(tile, layout, M, N, T, BQ, TP, PACKED)
     q += b * sqb + h * sqh
-    channels = tl.arange(0, DP)
-    raw = rows(q, place, there, sqn, D, DP)
-    phi = features(raw, there, offset, D, DP)
-    phi = turned(phi, q, place, there, sqn, cos, sin, offset, channels, D, TURN)
+    d, is_channel = channels(D, DP, TURN)
+    inside = inside_of(there, is_channel, D, DP)
+    raw = channel_rows(q, place, inside, sqn, d)
+    plain = phi_of(raw, inside, offset)
+    phi = turned(plain, q, place, inside, sqn, cos, sin, offset, d, D, TURN)
     queries = phi.to(raw.dtype)
+    # The normalizer takes features that are not turned.
+    APART: tl.constexpr = TURN and NORM
+    plain_queries = queries
+    if APART:
+        plain_queries = plain.to(raw.dtype)
     until_query = tl.zeros((BQ,), tl.float32)
     if DECAY > 0:
         until_query = logs(until, chunk, t, there, suc)
@@ -114,9 +124,9 @@ def causal_queries_kernel(
         tl.store(d_total + (b * H + h) * N + place, d_sum, mask=there)
         g = scaled.to(raw.dtype)
     acc = tl.zeros((BQ, DP), tl.float32)
+    plain_acc = acc
     d_log = tl.zeros((BQ,), tl.float32)
     if FAR:
-        d = tl.arange(0, DP)
         row = (b * H + h) * M + qa
         VS: tl.constexpr = (
             128 if DVP > 128 else DVP
@@ -124,7 +134,7 @@ def causal_queries_kernel(
         for v0 in range(0, DVP, VS):
             channel = v0 + tl.arange(0, VS)
             at_s = mixed + row * D * DV + d[:, None] * DV + channel[None, :]
-            s = tl.load(at_s, mask=(d < D)[:, None] & (channel < DV)[None, :], other=0.0)
+            s = tl.load(at_s, mask=is_channel[:, None] & (channel < DV)[None, :], other=0.0)
             at_g = grad + b * sgb + h * sgh + place[:, None] * sgn + channel[None, :]
             part = tl.load(at_g, mask=there[:, None] & (channel < DV)[None, :], other=0.0)
             if NORM:
@@ -132,11 +142,17 @@ def causal_queries_kernel(
             acc += product(part.to(s.dtype), tl.trans(s), UP, PREC)
         acc *= back
         if NORM:
-            z = tl.load(z_mixed + row * D + d, mask=d < D, other=0.0)
-            acc += d_sum[:, None] * z[None, :]
+            z = tl.load(z_mixed + row * D + d, mask=is_channel, other=0.0)
+            if APART:
+                plain_acc += d_sum[:, None] * z[None, :]
+            else:
+                acc += d_sum[:, None] * z[None, :]
         if DECAY == 2:
             acc *= tl.exp(until_query)[:, None]
             d_log = tl.sum(acc * phi, 1)
+            if APART:
+                plain_acc *= tl.exp(until_query)[:, None]
+                d_log += tl.sum(plain_acc * plain, 1)
     begin = 0
     if FAR:
         begin = qa * TP // BK
@@ -150,8 +166,9 @@ def causal_queries_kernel(
     rank = tile * BQ + tl.arange(0, BQ)
     for j in range(begin, ((tile + 1) * BQ + BK - 1) // BK):
         at, is_key, key_chunk, s_, ka = chunk_rows(j, layout, M, N, T, BK, TP, PACKED)
-        keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP)
-        keys = turned(keys, k, at, is_key, skn, cos, sin, offset, channels, D, TURN).to(raw.dtype)
+        key_inside = inside_of(is_key, is_channel, D, DP)
+        plain_keys = phi_of(channel_rows(k, at, key_inside, skn, d), key_inside, offset)
+        keys = turned(plain_keys, k, at, key_inside, skn, cos, sin, offset, d, D, TURN).to(raw.dtype)
         values = rows(v, at, is_key, svn, DV, DVP)
         until_key = tl.zeros((BK,), tl.float32)
         after_key = until_key
@@ -163,8 +180,16 @@ def causal_queries_kernel(
         same = chunk[:, None] == key_chunk[None, :]
         fade = fading(before, same, until_query[:, None], until_key[None, :], after_key[None, :], DECAY)
         m = weight_tile(weights, qa, ka, M, M, 1, BQ, BK, TP)
-        da = (product(g, tl.trans(values), UP, PREC) + d_sum[:, None]) * fade
-        p = product(queries, tl.trans(keys), UP, PREC) * da
+        da = product(g, tl.trans(values), UP, PREC)
+        if APART:
+            da *= fade
+            plain_da = d_sum[:, None] * fade
+            p = product(queries, tl.trans(keys), UP, PREC) * da
+            p += product(plain_queries, tl.trans(plain_keys.to(raw.dtype)), UP, PREC) * plain_da
+            plain_acc += product((plain_da * m).to(raw.dtype), plain_keys.to(raw.dtype), UP, PREC)
+        else:
+            da = (da + d_sum[:, None]) * fade
+            p = product(queries, tl.trans(keys), UP, PREC) * da
         sums = tl.sum(tl.sum(tl.reshape(p, (NA, BQ // NA, NB, BK // NB)), 3), 1)
         if FAR:
             own += sums
@@ -184,9 +209,10 @@ def causal_queries_kernel(
         tl.store(d_weights + cells, own)
     if DECAY > 0:
         tl.store(d_until + ((b * H + h) * M + chunk) * T + t, d_log, mask=there)
-    acc = turned_back(acc, place, there, cos, sin, BQ, D, TURN)
-    kept = positive(q, place, there, sqn, D, DP)
-    keep(dq + (b * N * H + h) * D, place, there, H * D, tl.where(kept, acc, 0.0), D, DP)
+    acc = turned_back(acc, place, there, cos, sin, BQ, D, DP, TURN)
+    if APART:
+        acc += plain_acc
+    keep_positive(dq + (b * N * H + h) * D, q, place, inside, sqn, H * D, d, acc)
 
 
 @triton.jit
@@ -264,11 +290,16 @@ def causal_keys_kernel(
     sin += b * scb
     place, there, chunk, t, ka = chunk_rows(tile, layout, M, N, T, BK, TP, PACKED)
     k += b * skb + h * skh
-    channels = tl.arange(0, DP)
-    raw = rows(k, place, there, skn, D, DP)
-    phi = features(raw, there, offset, D, DP)
-    phi = turned(phi, k, place, there, skn, cos, sin, offset, channels, D, TURN)
+    d, is_channel = channels(D, DP, TURN)
+    inside = inside_of(there, is_channel, D, DP)
+    raw = channel_rows(k, place, inside, skn, d)
+    plain = phi_of(raw, inside, offset)
+    phi = turned(plain, k, place, inside, skn, cos, sin, offset, d, D, TURN)
     keys = phi.to(raw.dtype)
+    APART: tl.constexpr = TURN and NORM
+    plain_keys = keys
+    if APART:
+        plain_keys = plain.to(raw.dtype)
     values = rows(v + b * svb + h * svh, place, there, svn, DV, DVP)
     until_key = tl.zeros((BK,), tl.float32)
     after_key = until_key
@@ -277,22 +308,28 @@ def causal_keys_kernel(
     if DECAY == 2:
         after_key = logs(after, chunk, t, there, sac)
     d_keys = tl.zeros((BK, DP), tl.float32)
+    plain_d_keys = d_keys
     d_values = tl.zeros((BK, DVP), tl.float32)
     d_log = tl.zeros((BK,), tl.float32)
     d_end = tl.zeros((BK,), tl.float32)
     if FAR:
-        d = tl.arange(0, DP)
         row = (b * H + h) * M + ka
-        ds = rows(d_summary + row * D * DV, d, d < D, DV, DV, DVP)
+        ds = rows(d_summary + row * D * DV, d, is_channel, DV, DV, DVP)
         d_values = product(phi.to(ds.dtype), ds, UP, PREC) * back
         d_keys = product(values.to(ds.dtype), tl.trans(ds), UP, PREC) * back
         if NORM:
-            dz = tl.load(d_z + row * D + d, mask=d < D, other=0.0)
-            d_keys += dz[None, :]
+            dz = tl.load(d_z + row * D + d, mask=is_channel, other=0.0)
+            if APART:
+                plain_d_keys += dz[None, :]
+            else:
+                d_keys += dz[None, :]
         if DECAY == 2:
             d_values *= tl.exp(after_key)[:, None]
             d_keys *= tl.exp(after_key)[:, None]
             d_end = tl.sum(d_keys * phi, 1)
+            if APART:
+                plain_d_keys *= tl.exp(after_key)[:, None]
+                d_end += tl.sum(plain_d_keys * plain, 1)
     end = TILES
     if FAR:
         end = ((ka + 1) * TP + BQ - 1) // BQ
@@ -302,8 +339,9 @@ def causal_keys_kernel(
     rank = tile * BK + tl.arange(0, BK)
     for i in range(tile * BK // BQ, end):
         at, is_query, query_chunk, t_, qa = chunk_rows(i, layout, M, N, T, BQ, TP, PACKED)
-        queries = features(rows(q, at, is_query, sqn, D, DP), is_query, offset, D, DP)
-        queries = turned(queries, q, at, is_query, sqn, cos, sin, offset, channels, D, TURN).to(raw.dtype)
+        query_inside = inside_of(is_query, is_channel, D, DP)
+        plain_queries = phi_of(channel_rows(q, at, query_inside, sqn, d), query_inside, offset)
+        queries = turned(plain_queries, q, at, query_inside, sqn, cos, sin, offset, d, D, TURN).to(raw.dtype)
         g = rows(grad, at, is_query, sgn, DV, DVP)
         if NORM:
             one_over = tl.load(inverse + (b * H + h) * N + at, mask=is_query, other=0.0)
@@ -319,11 +357,19 @@ def causal_keys_kernel(
         d_values += product(a.to(raw.dtype), g, UP, PREC)
         da = product(values, tl.trans(g), UP, PREC)
         if NORM:
-            da += tl.load(d_total + (b * H + h) * N + at, mask=is_query, other=0.0)[None, :]
+            d_sum = tl.load(d_total + (b * H + h) * N + at, mask=is_query, other=0.0)
+        p = a * da
+        if APART:
+            plain_da = m * d_sum[None, :]
+            p += product(plain_keys, tl.trans(plain_queries.to(raw.dtype)), UP, PREC) * plain_da
+            plain_d_keys += product(plain_da.to(raw.dtype), plain_queries.to(raw.dtype), UP, PREC)
+        elif NORM:
+            da += d_sum[None, :]
+            p = a * da
         if DECAY > 0:
-            d_log -= tl.sum(tl.where(same, a * da, 0.0), 1)
+            d_log -= tl.sum(tl.where(same, p, 0.0), 1)
         if DECAY == 2:
-            d_end += tl.sum(tl.where(same, 0.0, a * da), 1)
+            d_end += tl.sum(tl.where(same, 0.0, p), 1)
         d_keys += product((da * m).to(raw.dtype), queries, UP, PREC)
     slot = ((b * H + h) * M + chunk) * T + t
     if DECAY > 0:
@@ -331,9 +377,10 @@ def causal_keys_kernel(
     if DECAY == 2:
         tl.store(d_after + slot, d_end, mask=there)
     keep(dv + (b * N * H + h) * DV, place, there, H * DV, d_values, DV, DVP)
-    d_keys = turned_back(d_keys, place, there, cos, sin, BK, D, TURN)
-    kept = positive(k, place, there, skn, D, DP)
-    keep(dk + (b * N * H + h) * D, place, there, H * D, tl.where(kept, d_keys, 0.0), D, DP)
+    d_keys = turned_back(d_keys, place, there, cos, sin, BK, D, DP, TURN)
+    if APART:
+        d_keys += plain_d_keys
+    keep_positive(dk + (b * N * H + h) * D, k, place, inside, skn, H * D, d, d_keys)
 
 
 @triton.jit
@@ -398,12 +445,13 @@ def causal_own_kernel(
     sin += b * scb
     place, there, _, _, chunk = chunk_rows(tile, layout, M, N, T, TP, TP, PACKED)
     own = tl.load(weights + b * swb + h * swh + chunk * (M + 1))
-    d = tl.arange(0, DP)
-    raw = rows(q, place, there, sqn, D, DP)
-    phi = features(raw, there, offset, D, DP)
-    queries = turned(phi, q, place, there, sqn, cos, sin, offset, d, D, TURN).to(raw.dtype)
-    phi = features(rows(k, place, there, skn, D, DP), there, offset, D, DP)
-    keys = turned(phi, k, place, there, skn, cos, sin, offset, d, D, TURN).to(raw.dtype)
+    d, is_channel = channels(D, DP, TURN)
+    wide = inside_of(there, is_channel, D, DP)
+    raw = channel_rows(q, place, wide, sqn, d)
+    queries = turned(phi_of(raw, wide, offset), q, place, wide, sqn, cos, sin, offset, d, D, TURN)
+    queries = queries.to(raw.dtype)
+    phi = phi_of(channel_rows(k, place, wide, skn, d), wide, offset)
+    keys = turned(phi, k, place, wide, skn, cos, sin, offset, d, D, TURN).to(raw.dtype)
     t = tl.arange(0, TP)
     fade = tl.where(t[:, None] >= t[None, :], 1.0, 0.0)
     a = product(queries, tl.trans(keys), UP, PREC) * fade
@@ -415,7 +463,7 @@ def causal_own_kernel(
     for v0 in range(0, DVP, VS):
         channel = v0 + tl.arange(0, VS)
         at = d[:, None] * DV + channel[None, :]
-        inside = (d < D)[:, None] & (channel < DV)[None, :]
+        inside = is_channel[:, None] & (channel < DV)[None, :]
         token = there[:, None] & (channel < DV)[None, :]
         g = tl.load(grad + place[:, None] * sgn + channel[None, :], mask=token, other=0.0)
         s = tl.load(mixed + row * D * DV + at, mask=inside, other=0.0)
@@ -431,10 +479,8 @@ def causal_own_kernel(
     tl.store(d_weights + row, tl.sum(tl.sum(a * da, 1), 0))
     da = (da * own).to(raw.dtype)
     d_queries = d_queries * back + product(da, keys, UP, PREC)
-    d_queries = turned_back(d_queries, place, there, cos, sin, TP, D, TURN)
-    d_queries = tl.where(positive(q, place, there, sqn, D, DP), d_queries, 0.0)
-    keep(dq + (b * N * H + h) * D, place, there, H * D, d_queries, D, DP)
+    d_queries = turned_back(d_queries, place, there, cos, sin, TP, D, DP, TURN)
+    keep_positive(dq + (b * N * H + h) * D, q, place, wide, sqn, H * D, d, d_queries)
     d_keys = d_keys * back + product(tl.trans(da), queries, UP, PREC)
-    d_keys = turned_back(d_keys, place, there, cos, sin, TP, D, TURN)
-    d_keys = tl.where(positive(k, place, there, skn, D, DP), d_keys, 0.0)
-    keep(dk + (b * N * H + h) * D, place, there, H * D, d_keys, D, DP)
+    d_keys = turned_back(d_keys, place, there, cos, sin, TP, D, DP, TURN)
+    keep_positive(dk + (b * N * H + h) * D, k, place, wide, skn, H * D, d, d_keys)

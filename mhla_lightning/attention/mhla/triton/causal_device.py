@@ -47,18 +47,63 @@ def logs(base: tl.tensor, chunk: tl.tensor, t: tl.tensor, there: tl.tensor, stri
 
 
 @triton.jit
-def positive(
-    base: tl.tensor, place: tl.tensor, there: tl.tensor, stride: tl.tensor, D: tl.constexpr, DP: tl.constexpr
-) -> tl.tensor:
-    """Which of (rows, DP) of a token tensor are above 0.
+def channels(D: tl.constexpr, DP: tl.constexpr, TURN: tl.constexpr) -> tl.tuple:
+    """The channels of q and k in their DP columns, and which columns hold one.
 
-    A second load costs less than registers through a whole loop. Its policy differs from the first one's, or
-    the compiler would merge the two.
+    Where channels turn in pairs and D is no power of two, the two halves begin at columns 0 and DP / 2, so
+    that the columns of a pair are DP / 2 apart.
     """
-    d = tl.arange(0, DP)
-    inside = there[:, None] & (d < D)[None, :]
-    at = base + place[:, None] * stride + d[None, :]
-    return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first") > 0
+    column = tl.arange(0, DP)
+    d = column
+    there = column < D
+    if TURN and D < DP:
+        half: tl.constexpr = D // 2
+        columns: tl.constexpr = DP // 2
+        d = tl.where(column < columns, column, column - columns + half)
+        there = column % columns < half
+    return d, there
+
+
+@triton.jit
+def channel_rows(
+    base: tl.tensor, place: tl.tensor, inside: tl.tensor, stride: tl.tensor, d: tl.tensor
+) -> tl.tensor:
+    """Load the channels d of rows of a token tensor; 0 where not inside."""
+    return tl.load(base + place[:, None] * stride + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def phi_of(raw: tl.tensor, inside: tl.tensor, offset: tl.tensor) -> tl.tensor:
+    """relu(x) + offset in float32; 0 where not inside."""
+    return tl.where(inside, tl.maximum(raw.to(tl.float32), 0.0) + offset, 0.0)
+
+
+@triton.jit
+def inside_of(there: tl.tensor, is_channel: tl.tensor, D: tl.constexpr, DP: tl.constexpr) -> tl.tensor:
+    """Which of (rows, DP) are tokens and channels."""
+    return there[:, None] if D == DP else there[:, None] & is_channel[None, :]
+
+
+@triton.jit
+def keep_positive(
+    base: tl.tensor,
+    x: tl.tensor,
+    place: tl.tensor,
+    inside: tl.tensor,
+    sx: tl.tensor,
+    stride: tl.tensor,
+    d: tl.tensor,
+    gradient: tl.tensor,
+) -> tl.tensor:
+    """Store the gradient of features to `base`, 0 where x is not above 0.
+
+    A second load of x costs less than registers through a whole loop. Its policy differs from the first
+    one's, or the compiler would merge the two.
+    """
+    at = x + place[:, None] * sx + d[None, :]
+    kept = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first") > 0
+    values = tl.where(kept, gradient, 0.0).to(base.dtype.element_ty)
+    tl.store(base + place[:, None] * stride + d[None, :], values, mask=inside)
 
 
 @triton.jit
@@ -66,7 +111,7 @@ def turned(
     phi: tl.tensor,
     base: tl.tensor,
     place: tl.tensor,
-    there: tl.tensor,
+    inside: tl.tensor,
     stride: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
@@ -82,11 +127,11 @@ def turned(
     if TURN:
         half: tl.constexpr = D // 2
         other = tl.where(d < half, d + half, d - half)
-        raw = tl.load(base + place[:, None] * stride + other[None, :], mask=there[:, None], other=0.0)
-        paired = tl.where(there[:, None], tl.maximum(raw.to(tl.float32), 0.0) + offset, 0.0)
+        raw = channel_rows(base, place, inside, stride, other)
+        paired = phi_of(raw, inside, offset)
         at = place[:, None] * half + (d % half)[None, :]
-        c = tl.load(cos + at, mask=there[:, None], other=0.0)
-        s = tl.load(sin + at, mask=there[:, None], other=0.0)
+        c = tl.load(cos + at, mask=inside, other=0.0)
+        s = tl.load(sin + at, mask=inside, other=0.0)
         phi = phi * c + paired * tl.where((d < half)[None, :], -s, s)
     return phi
 
@@ -100,17 +145,21 @@ def turned_back(
     sin: tl.tensor,
     W: tl.constexpr,
     D: tl.constexpr,
+    DP: tl.constexpr,
     TURN: tl.constexpr,
 ) -> tl.tensor:
-    """Turn (W, D) back; D is a power of two."""
+    """Turn (W, DP) back."""
     if TURN:
         half: tl.constexpr = D // 2
-        first, second = tl.split(tl.permute(tl.reshape(x, (W, 2, half)), (0, 2, 1)))
-        at = place[:, None] * half + tl.arange(0, half)[None, :]
-        c = tl.load(cos + at, mask=there[:, None], other=0.0)
-        s = tl.load(sin + at, mask=there[:, None], other=0.0)
+        columns: tl.constexpr = DP // 2
+        first, second = tl.split(tl.permute(tl.reshape(x, (W, 2, columns)), (0, 2, 1)))
+        j = tl.arange(0, columns)
+        at = place[:, None] * half + j[None, :]
+        inside = there[:, None] if D == DP else there[:, None] & (j < half)[None, :]
+        c = tl.load(cos + at, mask=inside, other=0.0)
+        s = tl.load(sin + at, mask=inside, other=0.0)
         pairs = tl.join(first * c + second * s, second * c - first * s)
-        x = tl.reshape(tl.permute(pairs, (0, 2, 1)), (W, D))
+        x = tl.reshape(tl.permute(pairs, (0, 2, 1)), (W, DP))
     return x
 
 

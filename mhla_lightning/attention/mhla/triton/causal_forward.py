@@ -5,7 +5,7 @@ sum_s A[t, s] + eps where there is a normalizer. c(t) is the chunk of token t in
 the mixing, the scale, the documents and the decay between chunks; `terms.py` makes them.
 
 fade(t, s) is exp(until_t - until_s) inside a chunk. Where the decay spans the sequence, it is
-exp(until_t + after_s) between chunks.
+exp(until_t + after_s) between chunks. Rotary positions turn phi in the numerator only.
 
 Tiles hold whole chunks, each padded to a power of two, or a part of one chunk. `layout` gives the place of
 every row of a chunk in a packed batch. The dense form (FAR = 0) reads all chunks of a tile's documents. The
@@ -18,8 +18,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mhla_lightning.attention.mhla.triton.causal_device import chunk_rows, fading, logs, turned, weight_tile
-from mhla_lightning.attention.mhla.triton.device import features, keep, product, rows
+from mhla_lightning.attention.mhla.triton.causal_device import (
+    channel_rows,
+    channels,
+    chunk_rows,
+    fading,
+    inside_of,
+    logs,
+    phi_of,
+    turned,
+    weight_tile,
+)
+from mhla_lightning.attention.mhla.triton.device import keep, product, rows
 
 
 @triton.jit
@@ -94,11 +104,13 @@ def chunk_sum_kernel(
             there = there & (place < N)
         place = tl.where(there, place, 0)
         inside = there[:, None] & (d < D)[None, :]
-        raw = tl.load(x + place[:, None] * sxn + d[None, :], mask=inside, other=0.0)
-        phi = tl.where(inside, tl.maximum(raw.to(tl.float32), 0.0) + offset, 0.0)
-        phi = turned(phi, x, place, there, sxn, cos, sin, offset, d, D, TURN)
+        raw = channel_rows(x, place, inside, sxn, d)
+        plain = phi_of(raw, inside, offset)
+        phi = turned(plain, x, place, inside, sxn, cos, sin, offset, d, D, TURN)
         if FADES:
-            phi *= tl.exp(tl.load(fade + t, mask=there, other=0.0))[:, None]
+            faded = tl.exp(tl.load(fade + t, mask=there, other=0.0))[:, None]
+            phi *= faded
+            plain *= faded
         values = rows(y, place, there, syn, DV, DVP)
         if GRADIENT:
             if NORM:
@@ -107,10 +119,10 @@ def chunk_sum_kernel(
                     * tl.load(inverse + (b * H + h) * N + place, mask=there, other=0.0)[:, None]
                 )
                 o = rows(out, place, there, son, DV, DVP).to(tl.float32)
-                total -= tl.sum(phi * tl.sum(g * o, 1)[:, None], 0)
+                total -= tl.sum(plain * tl.sum(g * o, 1)[:, None], 0)
                 values = g.to(raw.dtype)
         elif NORM:
-            total += tl.sum(phi, 0)
+            total += tl.sum(plain, 0)
         acc += product(tl.trans(phi.to(values.dtype)), values, UP, PREC)
     row = (b * H + h) * M + chunk
     dv = tl.arange(0, DVP)
@@ -238,24 +250,27 @@ def causal_forward_kernel(
     sin += b * scb
     place, there, chunk, t, qa = chunk_rows(tile, layout, M, N, T, BQ, TP, PACKED)
     q += b * sqb + h * sqh
-    channels = tl.arange(0, DP)
-    raw = rows(q, place, there, sqn, D, DP)
-    phi = features(raw, there, offset, D, DP)
-    phi = turned(phi, q, place, there, sqn, cos, sin, offset, channels, D, TURN)
+    d, is_channel = channels(D, DP, TURN)
+    inside = inside_of(there, is_channel, D, DP)
+    raw = channel_rows(q, place, inside, sqn, d)
+    plain = phi_of(raw, inside, offset)
+    phi = turned(plain, q, place, inside, sqn, cos, sin, offset, d, D, TURN)
     queries = phi.to(raw.dtype)
+    plain_queries = queries
+    if TURN and NORM:
+        plain_queries = plain.to(raw.dtype)
     until_query = tl.zeros((BQ,), tl.float32)
     if DECAY > 0:
         until_query = logs(until, chunk, t, there, suc)
     acc = tl.zeros((BQ, DVP), tl.float32)
     total = tl.zeros((BQ,), tl.float32)
     if FAR:
-        d = tl.arange(0, DP)
         row = (b * H + h) * M + qa
-        s = rows(mixed + row * D * DV, d, d < D, DV, DV, DVP)
+        s = rows(mixed + row * D * DV, d, is_channel, DV, DV, DVP)
         acc = product(phi.to(s.dtype), s, UP, PREC) * back
         if NORM:
-            z = tl.load(z_mixed + row * D + d, mask=d < D, other=0.0)
-            total = tl.sum(phi * z[None, :], 1)
+            z = tl.load(z_mixed + row * D + d, mask=is_channel, other=0.0)
+            total = tl.sum(plain * z[None, :], 1)
         if DECAY == 2:
             acc *= tl.exp(until_query)[:, None]
             total *= tl.exp(until_query)
@@ -267,8 +282,9 @@ def causal_forward_kernel(
     rank = tile * BQ + tl.arange(0, BQ)
     for j in range(begin, ((tile + 1) * BQ + BK - 1) // BK):
         at, is_key, key_chunk, s_, ka = chunk_rows(j, layout, M, N, T, BK, TP, PACKED)
-        keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP)
-        keys = turned(keys, k, at, is_key, skn, cos, sin, offset, channels, D, TURN).to(raw.dtype)
+        inside = inside_of(is_key, is_channel, D, DP)
+        plain_keys = phi_of(channel_rows(k, at, inside, skn, d), inside, offset)
+        keys = turned(plain_keys, k, at, inside, skn, cos, sin, offset, d, D, TURN).to(raw.dtype)
         values = rows(v, at, is_key, svn, DV, DVP)
         until_key = tl.zeros((BK,), tl.float32)
         after_key = until_key
@@ -280,9 +296,13 @@ def causal_forward_kernel(
         same = chunk[:, None] == key_chunk[None, :]
         fade = fading(before, same, until_query[:, None], until_key[None, :], after_key[None, :], DECAY)
         a = product(queries, tl.trans(keys), UP, PREC)
-        a *= weight_tile(weights, qa, ka, M, M, 1, BQ, BK, TP) * fade
+        w = weight_tile(weights, qa, ka, M, M, 1, BQ, BK, TP) * fade
+        a *= w
         if NORM:
-            total += tl.sum(a, 1)
+            if TURN:
+                total += tl.sum(product(plain_queries, tl.trans(plain_keys.to(raw.dtype)), UP, PREC) * w, 1)
+            else:
+                total += tl.sum(a, 1)
         acc += product(a.to(values.dtype), values, UP, PREC)
     if NORM:
         one_over = 1.0 / (total + eps)

@@ -207,19 +207,13 @@ def dense_is_cheaper(sizes: CallSizes) -> bool:
 LARGEST_VALUE = 256  # channels of v a head in the causal kernels
 
 
-def causal_unfit(offset: float | None, normalizer: str, context: Context) -> str | None:
+def causal_unfit(offset: float | None) -> str | None:
     """Return what of a causal operator the kernels over whole rows cannot do.
 
     Args:
         offset: of the feature map relu(x) + offset; None means another map.
-        normalizer: the operator's.
-        context: of the call.
     """
-    if offset is None:
-        return "it takes the feature maps 'relu' and 'relu_eps'"
-    if context.rotary is not None and normalizer != "none":
-        return "it takes rotary positions without a normalizer only"
-    return None
+    return "it takes the feature maps 'relu' and 'relu_eps'" if offset is None else None
 
 
 def prepare(kernel: str, chunks: DocumentChunks) -> None:
@@ -242,14 +236,37 @@ def takes_causal(
 
 
 def _causal_obstacle(q: Tensor, k: Tensor, v: Tensor, context: Context) -> str | None:
-    if context.rotary is not None:
-        if not isinstance(context.rotary, HalfRotary):
-            return "it takes rotary positions that turn two halves of a head"
-        if q.shape[3] not in (16, 32, 64, 128):
-            return f"rotary positions need 16, 32, 64 or 128 channels a head, and q has {q.shape[3]}"
+    if context.rotary is not None and not isinstance(context.rotary, HalfRotary):
+        return "it takes rotary positions that turn two halves of a head"
     if q.shape[3] > LARGEST_DIM or v.shape[3] > LARGEST_VALUE:
         return f"it takes up to {LARGEST_DIM} channels of q and {LARGEST_VALUE} of v a head"
     return _operand_obstacle(q, k, v)
+
+
+def takes_prefill(
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: Context,
+    learned: Tensor | None,
+    unfit: str | None,
+) -> bool:
+    """Return whether a prompt runs on Triton kernels; else it runs on torch, also where `triton` is set.
+
+    The state that the kernels leave has no gradients.
+
+    Args:
+        kernel, q, k, v, context, unfit: see :func:`takes_triton`.
+        learned: the mixing matrix or decay; None means none.
+    """
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, learned)):
+        return False
+    if kernel == "triton":
+        return not (unfit or machine_obstacle(q) or _causal_obstacle(q, k, v, context)) and not in_transform(
+            q
+        )
+    return takes_causal(kernel, q, k, v, context, unfit)
 
 
 def takes_step(

@@ -108,7 +108,16 @@ def block_tile(kernel: str, dim: int, tokens_per_block: int, itemsize: int, majo
     return Tile(tokens, dim, 8 if dim > 64 else 4, 2 if tokens_per_block > tokens else 1)
 
 
-def causal_tile(kernel: str, dim: int, rows: int, itemsize: int, major: int) -> Tile:
+def causal_tile(
+    kernel: str,
+    dim: int,
+    rows: int,
+    itemsize: int,
+    major: int,
+    *,
+    apart: bool = False,
+    uneven: bool = False,
+) -> Tile:
     """Return the tile of a causal kernel.
 
     Args:
@@ -117,8 +126,11 @@ def causal_tile(kernel: str, dim: int, rows: int, itemsize: int, major: int) -> 
         rows: padded tokens of a chunk, or of a row in the dense form.
         itemsize: bytes of an operand.
         major: compute capability.
+        apart: whether the normalizer takes other features than the numerator, which rotary turns.
+        uneven: whether rotary turns a number of channels that is no power of two.
     """
-    most, least = (64, 32) if itemsize == 2 else (32, 32)
+    small_ones = itemsize == 4 or uneven or (apart and dim > 128 and major < 9)
+    most, least = 32 if small_ones else 64, 16 if uneven and apart else 32
     queries = keys = min(most, power_of_two(rows))
     if kernel in ("queries", "keys"):  # their sums leave few registers
         small = min(least, power_of_two(rows))
