@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from mhla_lightning.arguments.checked import check_arguments
 from mhla_lightning.attention.base import Attention, CausalAttention
 from mhla_lightning.attention.baselines.causal_deltanet import DeltaNet
 from mhla_lightning.attention.baselines.causal_fla import GatedDeltaNet, GatedLinearAttention, Mamba2
@@ -151,7 +152,11 @@ def construct(
     grid: Sequence[int] | None,
 ) -> Attention:
     """Build an operator of a class; its options are those of an entry."""
-    given = dict(options) if kind.options_type is None else {"options": kind.options_type(**options)}
+    if kind.options_type is None:
+        check_arguments(kind, options)
+        given = dict(options)
+    else:
+        given = {"options": kind.options_type(**options)}
     operator: Callable[..., Attention] = kind
     return operator(heads=heads, dim_k=dim_k, dim_v=dim_v, grid=grid, **given)
 

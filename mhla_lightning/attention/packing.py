@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mhla_lightning.attention.arithmetic import ceil_div
+from mhla_lightning.attention.masks import check_mask
 from mhla_lightning.errors import UserError
 
 
@@ -118,7 +119,7 @@ class Packing:
         positions: (batch, tokens) int64, the number of real tokens of the same document before each token.
 
     Raises:
-        UserError: neither mask nor documents.
+        UserError: neither mask nor documents, or a mask that is not bool.
     """
 
     def __init__(
@@ -132,9 +133,10 @@ class Packing:
         either = mask if mask is not None else documents
         if either is None:
             raise UserError("mask", "found neither a mask nor `documents`; a packing needs one of them")
+        check_mask(mask)
         self.mask, self.documents, self.lengths = mask, documents, lengths
         self.few_layouts = few_layouts
-        self.real = torch.ones_like(either, dtype=torch.bool) if mask is None else mask.bool()
+        self.real = torch.ones_like(either, dtype=torch.bool) if mask is None else mask
         starts = torch.zeros_like(self.real)
         starts[:, 0] = True
         if documents is not None:

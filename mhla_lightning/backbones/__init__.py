@@ -15,6 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from mhla_lightning.arguments.checked import check_arguments
 from mhla_lightning.attention import ATTENTION
 from mhla_lightning.backbones.adapting import Grid
 from mhla_lightning.backbones.causal_lm import CausalLM, CausalLMOptions, ModelState
@@ -223,6 +224,8 @@ def build_backbone(
     for key in options:
         if key not in valid:
             raise UserError(key, unknown_name("option", key, valid, of=f"backbone '{name}'"))
+    if not isinstance(BACKBONES[name], Architecture):
+        check_arguments(BACKBONES[name], options)
     return BACKBONES[name](attention=attention, **options)
 
 

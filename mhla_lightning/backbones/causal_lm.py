@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mhla_lightning.arguments.checked import CheckedOptions
 from mhla_lightning.attention import (
     CausalSelfAttention,
     LayerAttention,
@@ -22,7 +23,6 @@ from mhla_lightning.attention import (
     Packing,
     resolve_layers,
 )
-from mhla_lightning.attention.base import positive
 from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.backbones.activations import Activations, KeptActivations
 from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometry, source_geometry
@@ -204,7 +204,7 @@ class DecoderStack(KeptActivations, nn.ModuleList):
 
 
 @dataclass(frozen=True)
-class CausalLMOptions:
+class CausalLMOptions(CheckedOptions):
     """Sizes of a :class:`CausalLM`.
 
     Args:
@@ -252,8 +252,6 @@ class CausalLM(nn.Module):
         super().__init__()
         options = options or CausalLMOptions()
         dim, eps = options.embed_dim, options.norm_eps
-        for name in ("vocab_size", "context", "embed_dim", "depth"):
-            positive(name, getattr(options, name))
         self.vocab_size, self.embed_dim = options.vocab_size, dim
         self.grid, self.rope_base = (options.context,), options.rope_base
         hidden = options.intermediate

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mhla_lightning.backbones.adapting import Grid, adapted_to
 from mhla_lightning.backbones.compiling import CompileModule, Parts
+from mhla_lightning.backbones.sizes import whole_sizes
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.adapted import Adapted, Geometry
 
@@ -54,7 +55,7 @@ class ConvNet(nn.Module):
             raise UserError(
                 "attention", f"{attention} does not fit a convnet, which has no attention; write none"
             )
-        rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
+        rows, columns = whole_sizes("img_size", img_size, ("height", "width"))
         if min(rows, columns) < _STRIDE:
             raise UserError(
                 "img_size",

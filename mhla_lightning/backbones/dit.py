@@ -16,6 +16,7 @@ import torch
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
+from mhla_lightning.arguments.checked import CheckedOptions
 from mhla_lightning.attention import BlockGrid, LayerAttention, SelfAttention, resolve_layers
 from mhla_lightning.backbones.activations import KeptActivations
 from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometry, source_geometry
@@ -26,6 +27,7 @@ from mhla_lightning.backbones.layers import (
     LabelEmbedder,
     TimestepEmbedder,
     check_heads,
+    check_ratio,
     grid_sinusoid,
     mixing_weights,
     modulate,
@@ -70,7 +72,7 @@ DIT_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class DiTOptions:
+class DiTOptions(CheckedOptions):
     """Sizes of a :class:`DiT`.
 
     Args:
@@ -127,6 +129,7 @@ class DiT(KeptActivations, nn.Module):
                 "embed_dim", f"{dim} is no multiple of 4, which sine-cosine positions on two axes need"
             )
         check_heads(dim, options.num_heads)
+        check_ratio(dim, options.mlp_ratio)
         if options.num_classes < 1:
             raise UserError("num_classes", f"{options.num_classes} is too few; it must be at least 1")
         self.patch_size, self.embed_dim = patch, dim
@@ -199,7 +202,11 @@ class DiT(KeptActivations, nn.Module):
             self._positions[sides] = name
 
     def tokens_of(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Return the tokens per axis of latents of a size. Raises UserError for one that does not fit."""
+        """Return the tokens per axis of latents of a size.
+
+        Raises:
+            UserError: a size that does not fit.
+        """
         return self.sizes.tokens("size", _two_sides(size))
 
     def _embed(self, x: Tensor) -> Tensor:

@@ -265,6 +265,12 @@ def check_heads(embed_dim: int, num_heads: int, key: str = "embed_dim") -> None:
         raise UserError("num_heads", f"{num_heads} heads do not divide the {embed_dim} channels of `{key}`")
 
 
+def check_ratio(embed_dim: int, mlp_ratio: float) -> None:
+    """Refuse a feed-forward network without a hidden channel. Raises UserError."""
+    if int(mlp_ratio * embed_dim) < 1:
+        raise UserError("mlp_ratio", f"{mlp_ratio} is too small; the network needs one channel")
+
+
 def mixing_weights(model: nn.Module) -> set[str]:
     """Return the parameter names of a model's mixing matrices."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, MixingMatrix)}

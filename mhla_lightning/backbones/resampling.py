@@ -56,11 +56,14 @@ def resampled_reading(
 
 
 def _shares(source: BlockGrid, target: BlockGrid, of_the_axis: bool = True) -> Tensor:
-    """Return the share of each source block in each target block, (target blocks, source blocks) float64.
+    """Return the shares of source blocks in target blocks.
 
     Args:
         source, target: the partitions, of as many axes.
         of_the_axis: whether a place is a share of its axis, else it is a number of tokens.
+
+    Returns:
+        (target blocks, source blocks) float64.
     """
     weights = torch.ones(1, 1, dtype=torch.float64)
     for axis in range(len(target.blocks)):

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mhla_lightning.arguments.checked import CheckedOptions
 from mhla_lightning.attention import DepthwiseConv, LayerAttention, SelfAttention, resolve_layers
 from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.backbones.adapting import Grid, source_geometry
-from mhla_lightning.backbones.layers import ConditionalPosition, check_heads
+from mhla_lightning.backbones.layers import ConditionalPosition, check_heads, check_ratio
 from mhla_lightning.backbones.text_attention import CROSS_ATTENTION, CrossEntry, TextAttention, filled_up
 from mhla_lightning.backbones.text_dit import Ends, TextDiT, laid_out, modulated
 from mhla_lightning.errors import UserError, inside
@@ -45,7 +46,7 @@ computes that linear attention.
 
 
 @dataclass(frozen=True)
-class SanaOptions:
+class SanaOptions(CheckedOptions):
     """Sizes of a :class:`SanaDiT`.
 
     Args:
@@ -181,24 +182,18 @@ _WIDEST = 2**10  # hidden channels of a feed-forward network for each channel of
 
 
 def _check_sizes(options: SanaOptions) -> None:
-    """Refuse sizes that are no whole numbers in their range, and a `mlp_ratio` or `ffn_conv` of another type.
+    """Refuse sizes that no machine holds, and a feed-forward network without a hidden channel.
 
     Raises:
         UserError: with the option's key.
     """
     for key, most in _MOST.items():
         value = getattr(options, key)
-        sides = value if key in ("input_size", "patch_size") and isinstance(value, Sequence) else (value,)
-        for side in sides:
-            if isinstance(value, str) or type(side) is not int or not 1 <= side <= most:
-                raise UserError(key, f"found {value!r}; it must be a whole number from 1 to {most}")
-    ratio = options.mlp_ratio
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= _WIDEST:
-        raise UserError("mlp_ratio", f"found {ratio!r}; it must be a number above 0 and at most {_WIDEST}")
-    if int(ratio * options.embed_dim) < 1:
-        raise UserError("mlp_ratio", f"{ratio} is too small; the network needs one channel")
-    if not isinstance(options.ffn_conv, bool):
-        raise UserError("ffn_conv", f"found {options.ffn_conv!r}; give true or false")
+        if max(value if isinstance(value, Sequence) else (value,), default=0) > most:
+            raise UserError(key, f"found {value!r}; it must be a whole number from 1 to {most}")
+    if options.mlp_ratio > _WIDEST:
+        raise UserError("mlp_ratio", f"found {options.mlp_ratio}; it must be at most {_WIDEST}")
+    check_ratio(options.embed_dim, options.mlp_ratio)
 
 
 class SanaBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""Attention of tokens to a text: the value of `cross_attention` in the options of SANA and Wan."""
+"""Attention of tokens to a text: the option `cross_attention` of SANA and Wan."""
 
 from __future__ import annotations
 
@@ -141,9 +141,6 @@ def resolve_cross(entry: CrossEntry, sizes: Reader, blocks: int | Sequence[int])
     Raises:
         UserError: an unknown name or option.
     """
-    if not isinstance(entry, str | Mapping):
-        reason = f"found {entry!r}; give a name, or a mapping such as {{name: mhla, blocks: 4}}"
-        raise UserError("cross_attention", f"{reason}; valid names: {', '.join(CROSS_ATTENTION)}")
     given = {"name": entry} if isinstance(entry, str) else dict(entry)
     name = given.pop("name", None)
     if name not in CROSS_ATTENTION:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mhla_lightning.attention import DepthwiseConv, LayerAttention, SelfAttention
 from mhla_lightning.attention.base import accumulation_dtype, full_precision, positive
-from mhla_lightning.attention.context import check_mask
+from mhla_lightning.attention.masks import check_mask
 from mhla_lightning.backbones.activations import KeptActivations
 from mhla_lightning.backbones.adapting import adapted_to, remember_geometry
 from mhla_lightning.backbones.compiling import CompileModule, Parts

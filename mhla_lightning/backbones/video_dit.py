@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mhla_lightning.arguments.checked import CheckedOptions
 from mhla_lightning.attention import BlockGrid, LayerAttention, Rotary, SelfAttention, resolve_layers
-from mhla_lightning.attention.base import positive
 from mhla_lightning.backbones.adapting import Grid, source_geometry
 from mhla_lightning.backbones.layers import ConditionalPosition, GridRotation
+from mhla_lightning.backbones.sizes import whole_sizes
 from mhla_lightning.backbones.text_attention import CROSS_ATTENTION, CrossEntry, TextAttention, filled_up
 from mhla_lightning.backbones.text_dit import Ends, TextDiT, laid_out, linear_flops, modulated
 from mhla_lightning.errors import UserError, inside
@@ -48,7 +49,7 @@ VIDEO_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class VideoDiTOptions:
+class VideoDiTOptions(CheckedOptions):
     """Sizes of a :class:`VideoDiT`.
 
     Args:
@@ -106,8 +107,7 @@ class VideoDiT(TextDiT):
         options: VideoDiTOptions | None = None,
     ) -> None:
         options = options or VideoDiTOptions()
-        for key in ("embed_dim", "ffn_dim", "depth", "num_heads"):
-            positive(key, getattr(options, key))
+        whole_sizes("blocks", options.blocks, AXES)
         if options.embed_dim % (2 * options.num_heads):
             raise UserError(
                 "num_heads",

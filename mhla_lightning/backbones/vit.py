@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mhla_lightning.arguments.checked import CheckedOptions
 from mhla_lightning.attention import LayerAttention, SelfAttention, resolve_layers
 from mhla_lightning.attention.base import known
 from mhla_lightning.attention.entry import lookup_attention
@@ -32,11 +33,12 @@ from mhla_lightning.backbones.compiling import CompileModule, Parts
 from mhla_lightning.backbones.layers import (
     ConditionalPosition,
     check_heads,
+    check_ratio,
     mixing_weights,
     placed_as,
     take_grid,
 )
-from mhla_lightning.backbones.sizes import Sizes
+from mhla_lightning.backbones.sizes import Sizes, whole_sizes
 from mhla_lightning.backbones.text_dit import laid_out
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.weights.adapted import Adapted, Geometry
@@ -83,7 +85,7 @@ POOLS = ("avg", "max", "avgmax", "map", "")
 
 
 @dataclass(frozen=True)
-class ViTOptions:
+class ViTOptions(CheckedOptions):
     """Sizes of a :class:`VisionTransformer`.
 
     Args:
@@ -121,6 +123,7 @@ class ViTOptions:
     class_token: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_pool(self.global_pool, self.class_token)
         if self.class_token and self.mask_padding:
             raise UserError("mask_padding", "a mask has no place for the class token; leave one of them out")
@@ -190,9 +193,10 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
     ) -> None:
         options = options or ViTOptions()
         side, patch = options.img_size, options.patch_size
-        size = (side, side) if isinstance(side, int) else tuple(side)
+        size = cast(tuple[int, int], whole_sizes("img_size", side, ("height", "width")))
         grid = padded_grid(size, patch, options.token_multiple)
         check_heads(options.embed_dim, options.num_heads)
+        check_ratio(options.embed_dim, options.mlp_ratio)
         with inside("attention"):
             layers = resolve_layers(attention, options.depth, VISION_PRESETS, SelfAttention.layer_options())
         if options.class_token:
@@ -257,7 +261,9 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
         return self.norm(x)
 
     def take_sizes(self, sizes: Sequence[Sequence[int]]) -> None:
-        """Take images of these sizes besides those of img_size; learned positions are resampled for them.
+        """Take images of these sizes besides those of img_size.
+
+        Learned positions are resampled for them in every forward.
 
         Args:
             sizes: (height, width) in pixels each.
@@ -454,7 +460,7 @@ class MixedBlock(Block):
         is_causal: bool = False,
         grid: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Do as timm's; `grid` is the token counts of x where they are not those of the construction."""
+        """Do as timm's; a `grid` replaces the token counts of the construction."""
         if self.cpe is not None:
             x = self.cpe(x, self.grid if grid is None else grid)
         mask = None if self.token_mask is None else self.token_mask.expand(x.shape[0], -1)

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mhla_lightning.arguments.checked import CheckedOptions
 from mhla_lightning.attention import LayerAttention, SelfAttention, resolve_layers
 from mhla_lightning.attention.base import known
-from mhla_lightning.backbones.layers import check_heads
+from mhla_lightning.backbones.layers import check_heads, check_ratio
+from mhla_lightning.backbones.sizes import whole_sizes
 from mhla_lightning.errors import UserError, inside
 
 STAGES = 4
@@ -20,7 +22,7 @@ _BLOCKS = (7, 4, 3, 2)
 
 
 @dataclass(frozen=True)
-class VLTOptions:
+class VLTOptions(CheckedOptions):
     """Sizes of a VLT.
 
     Args:
@@ -55,12 +57,12 @@ class VLTOptions:
     global_pool: str = "avg"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("embed_dims", "depths", "num_heads", "layer_scale"):
             values = getattr(self, key)
             if isinstance(values, (int, float, str)) or len(values) != STAGES:
                 raise UserError(key, f"found {values}; give four numbers, one for each stage")
-        if min(self.depths) < 1:
-            raise UserError("depths", f"found {list(self.depths)}; every stage has at least one layer")
+        check_ratio(min(self.embed_dims), self.mlp_ratio)
         for dim, heads in zip(self.embed_dims, self.num_heads, strict=True):
             check_heads(dim, heads, "embed_dims")
             if dim // heads % 4:
@@ -76,8 +78,7 @@ class VLTOptions:
     @property
     def sides(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        size = self.img_size
-        rows, columns = (size, size) if isinstance(size, int) else size
+        rows, columns = whole_sizes("img_size", self.img_size, ("height", "width"))
         return rows, columns
 
     @property

@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.output import check_json, demand_at_least, measuring_bar, write_json
+from mhla_lightning.cli.output import (
+    check_json,
+    demand_at_least,
+    folder_named_after,
+    measuring_bar,
+    write_json,
+)
 from mhla_lightning.cli.trained import add_trained_arguments
 from mhla_lightning.errors import UserError
 
@@ -51,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mhla analyze`."""
     add_trained_arguments(parser, several=True)
     parser.add_argument(
-        "--to", default="analysis", metavar="FOLDER", help="folder to write to (default: %(default)s)"
+        "--to", metavar="FOLDER", help="folder to write to (default: analysis- and the run's name)"
     )
     parser.add_argument(
         "--samples", type=int, default=8, metavar="N", help="held-out samples (default: %(default)s)"
@@ -111,7 +117,7 @@ def perform(args: argparse.Namespace, console: Console) -> LookedInto:
     for number in args.block_size or ():
         if number < 1:
             raise UserError("block_size", f"found {number}; a block has at least 1 token per axis")
-    folder = _folder(args.to)
+    folder = None if args.to is None else _folder(args.to)
     from mhla_lightning.analysis.drawing import write_page
     from mhla_lightning.analysis.held_out import open_run
     from mhla_lightning.inference.weights import choose_device
@@ -120,6 +126,7 @@ def perform(args: argparse.Namespace, console: Console) -> LookedInto:
     opened = [
         open_run(name, args.samples, runs=args.runs, ckpt=args.ckpt, ema=not args.no_ema) for name in args.run
     ]
+    folder = folder or _folder(str(folder_named_after("analysis", [one.run.run_id for one in opened])))
     options = _options(args, opened)
     drawn: list[DrawnRun] = []
     with measuring_bar(console, len(opened)) as measuring:

@@ -27,9 +27,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from mhla_lightning.cli.output import check_json, demand_at_least
-from mhla_lightning.compare.child import ChildRun, train_in_children
+from mhla_lightning.compare.child import ChildRun, train_in_children, warnings_in
 from mhla_lightning.compare.comparison import COSTS, headline, rich_table, score_tags
-from mhla_lightning.compare.fairness import remarks
+from mhla_lightning.compare.fairness import remarks, warned
 from mhla_lightning.compare.plan import (
     Comparison,
     Measured,
@@ -246,7 +246,9 @@ def _report(wanted: _Wanted, console: Console, json_file: str | None, measured: 
 
     plan = wanted.plan
     rows = table_rows(plan, measured)
-    notes, tags = remarks(rows), score_tags(rows)
+    logs = {row.name: [plan.log(row, seed) for seed in plan.seeds] for row in plan.rows}
+    warnings = {name: [text for log in found for text in warnings_in(log)] for name, found in logs.items()}
+    notes, tags = [*remarks(rows), *warned(warnings)], score_tags(rows)
     differences = list(paired_differences(rows, wanted.against, tags))
     table = {
         "format": FORMAT,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -24,6 +25,19 @@ def demand_at_least(args: argparse.Namespace, **least: int) -> None:
     for name, value in least.items():
         if getattr(args, name) < value:
             raise UserError(name, f"{getattr(args, name)} is too small; it must be at least {value}")
+
+
+def folder_named_after(verb: str, names: Sequence[str]) -> Path:
+    """Return the folder that a verb writes by default; other runs get another folder.
+
+    Args:
+        verb: begins the name.
+        names: of the runs.
+    """
+    if len(names) == 1:
+        return Path(f"{verb}-{names[0]}")
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:6]
+    return Path(f"{verb}-{names[0]}-and-{len(names) - 1}-more-{digest}")
 
 
 def load() -> str:

@@ -3,8 +3,8 @@
 RUN is a run id, a run folder, a SLURM job id, or a folder that `mhla compare` wrote.
 A run may still be going.
 The page holds everything: it opens from disk, without a server or a network.
-  mhla report my_run --to report
-  mhla report my_run my_other_run --to report    # curves in one plot
+  mhla report my_run                             # writes report-my_run/index.html
+  mhla report my_run my_other_run --to page      # curves in one plot
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mhla_lightning.cli.output import folder_named_after
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import find_runs, replacing, runs_root
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run", nargs="+", metavar="RUN", help="run id, run folder, SLURM job id, or folder of a comparison"
     )
     parser.add_argument(
-        "--to", default="report", metavar="FOLDER", help=f"folder to write {_FILE} to (default: %(default)s)"
+        "--to", metavar="FOLDER", help=f"folder to write {_FILE} to (default: report- and the run's name)"
     )
     parser.add_argument("--runs", metavar="DIR", help="folder of all runs (default: $MHLA_RUNS, else ./runs)")
 
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from mhla_lightning.report.page import comparison_page, run_page
     from mhla_lightning.report.run import read_run
 
-    target = _target(args.to)
+    target = None if args.to is None else _target(args.to)
     root = runs_root(args.runs)
     compared = [folder for name in args.run if (folder := _comparison(name, root)) is not None]
     if compared:
@@ -45,10 +46,12 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(
                 "run", f"{compared[0]} is a comparison, which has a page of its own; name it alone"
             )
-        page = comparison_page(read_comparison(compared[0]))
+        page, names = comparison_page(read_comparison(compared[0])), [compared[0].name]
     else:
         folders = _run_folders(args.run, root)
         page = run_page([read_run(folder) for folder in folders], _names(folders))
+        names = [folder.name for folder in folders]
+    target = target or _target(str(folder_named_after("report", names)))
     text = page.html(__version__)
     target.mkdir(parents=True, exist_ok=True)
     with replacing(target / _FILE) as file:

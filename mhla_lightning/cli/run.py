@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from mhla_lightning.compare.child import WARNING
 from mhla_lightning.config.recipes import parse_overrides
 from mhla_lightning.training.launch import RunOptions, launch, quiet_libraries, read_recipe
 
@@ -71,11 +72,20 @@ def shown() -> Iterator[None]:
     """Print what the package logs in the block."""
     logger = logging.getLogger("mhla_lightning")
     before = logger.handlers, logger.level
-    logger.handlers, logger.level = [logging.StreamHandler(sys.stdout)], logging.INFO
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_Marked())
+    logger.handlers, logger.level = [handler], logging.INFO
     try:
         yield
     finally:  # a later command of this process may have another stdout
         logger.handlers, logger.level = before
+
+
+class _Marked(logging.Formatter):
+    """Marks warnings, so that `mhla compare` finds them in the logs of its runs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{WARNING if record.levelno >= logging.WARNING else ''}{super().format(record)}"
 
 
 class Terminal:

@@ -297,6 +297,18 @@ def _draw_text_images(args: argparse.Namespace, prompts: list[Any]) -> DrawnFile
     return DrawnFiles(found, "images", len(images), folder, places, job.settings(), seconds)
 
 
+def sample_text_images(args: argparse.Namespace, prompts: list[Any]) -> Path:
+    """Draw args.n images of each prompt, print a summary and return the folder.
+
+    Raises:
+        UserError: the images cannot be drawn.
+    """
+    with _options_for_arguments():
+        drawn = _draw_text_images(args, prompts)
+    _finish(args, drawn)
+    return drawn.folder
+
+
 def sample_videos(args: argparse.Namespace, prompts: list[Any]) -> Path:
     """Draw args.n videos of each prompt, print a summary and return the folder.
 

@@ -19,6 +19,9 @@ from typing import IO, Protocol, TypeVar
 
 from mhla_lightning.runs.folder import RunFolder, read_object
 
+WARNING = "warning: "
+"""Begins every line of a run's log that warns."""
+
 _POLL = 0.5  # seconds
 _GRACE = 60.0  # seconds a run has to end after an interrupt
 
@@ -141,6 +144,14 @@ def share_done(run: RunFolder) -> float:
     if progress.get("state") == "finished":
         return 1.0
     return min(1.0, progress.get("step", 0) / max(1, progress.get("max_steps", 1)))
+
+
+def warnings_in(log: Path) -> list[str]:
+    """Return the warnings of a run's log, each once; empty where there is no log."""
+    if not log.is_file():
+        return []
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return list(dict.fromkeys(line.removeprefix(WARNING) for line in lines if line.startswith(WARNING)))
 
 
 @contextmanager

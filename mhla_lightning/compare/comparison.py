@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from mhla_lightning.compare.student import half_width
 from mhla_lightning.compare.variants import words
 from mhla_lightning.evaluation import EVALUATIONS
 from mhla_lightning.evaluation.tags import higher_is_better
@@ -119,6 +120,18 @@ def headline(tags: Iterable[str]) -> str | None:
     )
 
 
+def values_by_seed(row: Mapping[str, Any], tag: str) -> dict[int, float]:
+    """Return the scores of a row of table.json by seed; seeds without a finite one are left out."""
+    found: dict[int, float] = {}
+    for seed in row["seeds"]:
+        name, _, number = tag.rpartition("/")
+        measured = seed.get("eval", {}).get(name, {})
+        value = seed.get("last", {}).get(tag, measured.get(number))
+        if value is not None and math.isfinite(value):
+            found[seed["seed"]] = float(value)
+    return found
+
+
 def best_rows(tag: str, rows: Sequence[Mapping[str, Any]]) -> set[str]:
     """Return the names of the rows with the best mean of a tag.
 
@@ -131,15 +144,15 @@ def best_rows(tag: str, rows: Sequence[Mapping[str, Any]]) -> set[str]:
     return {name for name, mean in means.items() if mean == best}
 
 
-def score(mean: float | None, deviation: float | None) -> str:
-    """Return a mean with its spread, as many decimals for both: `0.9312 ±0.0021`.
+def score(mean: float | None, half: float | None) -> str:
+    """Return a mean with half its interval, as many decimals for both: `0.9312 ±0.0021`.
 
     Narrow tables break it before the sign. A dash is no value.
     """
     if mean is None:
         return "-"
     decimals = 4 if abs(mean) < 10 else 3 if abs(mean) < 100 else 2
-    return f"{mean:.{decimals}f}" if deviation is None else f"{mean:.{decimals}f} ±{deviation:.{decimals}f}"
+    return f"{mean:.{decimals}f}" if half is None else f"{mean:.{decimals}f} ±{half:.{decimals}f}"
 
 
 def cost(key: str, mean: float | None) -> str:
@@ -176,14 +189,12 @@ def rich_table(
     Args:
         title: above the table.
         rows: of table_row.
-        tags: columns with a mean and a spread.
+        tags: columns with a mean and half its 95 % interval over seeds.
         costs: columns of COSTS.
     """
     winners = {tag: best_rows(tag, rows) for tag in tags}
     several = len(rows[0]["seeds"]) > 1
-    table = Table(
-        title=Text(title), caption="mean ±sample standard deviation over seeds" if tags and several else None
-    )
+    table = Table(title=Text(title), caption=_caption(rows) if tags and several else None)
     table.add_column("row", overflow="fold")
     attention = [row["attention"] for row in rows] if costs else []
     if any(attention):
@@ -198,5 +209,11 @@ def rich_table(
     return table
 
 
+def _caption(rows: Sequence[Mapping[str, Any]]) -> str:
+    counts = sorted({len(row["seeds"]) for row in rows})
+    return f"mean over {' to '.join(map(str, counts))} seeds ±half of its 95 % interval (Student's t)"
+
+
 def _score(row: Mapping[str, Any], tag: str, best: bool) -> Text:
-    return Text(score(row["mean"].get(tag), row["spread"].get(tag)), style="bold" if best else "")
+    half = half_width(list(values_by_seed(row, tag).values()))
+    return Text(score(row["mean"].get(tag), half), style="bold" if best else "")

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mhla_lightning.compare.comparison import best_rows, entries_of
+from mhla_lightning.runs.folder import shortened
 
 _ACCURACIES = ("val/top1", "val/accuracy")
 _TOLERATED = 0.01  # of parameters or FLOPs
+_MOST_WARNINGS, _LONGEST_WARNING = 20, 300
 _CONFIDENCE = 1.96  # standard deviations of a 95 % interval
 _COSTS = {"parameters": ("parameters", ",.0f", 1.0), "flops_per_sample": ("GFLOPs a sample", ".4g", 1e-9)}
 
@@ -23,6 +25,21 @@ Row = Mapping[str, Any]
 def remarks(rows: Sequence[Row]) -> list[str]:
     """Return the notes under a table: what else differs, and what is too small to be seen."""
     return [*_options(rows), *_costs(rows), *_small_validations(rows)]
+
+
+def warned(warnings: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a note for each warning of the runs, with the rows that it is of.
+
+    Args:
+        warnings: name of a row -> what its runs warned of.
+    """
+    texts = dict.fromkeys(text for found in warnings.values() for text in found)
+    notes = []
+    for text in list(texts)[:_MOST_WARNINGS]:
+        names = [name for name, found in warnings.items() if text in found]
+        rows = "all rows" if len(names) == len(warnings) else f"row {' and '.join(names)}"
+        notes.append(f"warning in {rows}: {shortened(text, _LONGEST_WARNING)}")
+    return notes
 
 
 def _options(rows: Sequence[Row]) -> Iterator[str]:

@@ -59,7 +59,11 @@ class Comparison:
         """Return a run as a process to start."""
         folder = self.run(row, seed)
         words = arguments({"seed_everything": seed, **self.values(row)})
-        return ChildRun(str(self.recipe.path), folder, words, self.folder / f"{folder.run_id}.log")
+        return ChildRun(str(self.recipe.path), folder, words, self.log(row, seed))
+
+    def log(self, row: VariantRow, seed: int) -> Path:
+        """Return the file of all that a run says."""
+        return self.folder / f"{self.run(row, seed).run_id}.log"
 
 
 def check_rows(plan: Comparison) -> None:

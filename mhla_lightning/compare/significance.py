@@ -1,7 +1,4 @@
-"""What a few seeds can tell: the interval of a mean, and the paired test of a difference.
-
-Student's t distribution, exact for whole degrees of freedom. Needs no torch and no scipy.
-"""
+"""What a few seeds can tell: the paired test of a difference. Needs no torch and no scipy."""
 
 from __future__ import annotations
 
@@ -9,15 +6,13 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from mhla_lightning.compare.comparison import score
-
-CONFIDENCE = 0.95
+from mhla_lightning.compare.comparison import score, values_by_seed
+from mhla_lightning.compare.student import half_width, share_within
 
 
 @dataclass(frozen=True)
@@ -42,56 +37,6 @@ class PairedDifference:
     mean: float
     half: float
     p: float
-
-
-def share_within(t: float, degrees: int) -> float:
-    """Return the probability that |T| <= t (Abramowitz and Stegun, 26.7.3 and 26.7.4).
-
-    Args:
-        t: at least 0.
-        degrees: of freedom, at least 1.
-    """
-    angle = math.atan2(t, math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for step in range(2 + odd, degrees + 1, 2):
-        total += term
-        term *= cosine**2 * (step - 1) / step
-    if not odd:
-        return sine * total
-    return 2 / math.pi * (angle + sine * total)
-
-
-@cache
-def quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """Return t such that |T| <= t has this probability, by bisection."""
-    low, high = 0.0, 1.0
-    while share_within(high, degrees) < confidence:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if share_within(middle, degrees) < confidence else (low, middle)
-    return high
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Return half the width of the 95 % interval of a mean; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    return quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def values_by_seed(row: Mapping[str, Any], tag: str) -> dict[int, float]:
-    """Return the scores of a row of table.json by seed; seeds without a finite one are left out."""
-    found: dict[int, float] = {}
-    for seed in row["seeds"]:
-        name, _, number = tag.rpartition("/")
-        measured = seed.get("eval", {}).get(name, {})
-        value = seed.get("last", {}).get(tag, measured.get(number))
-        if value is not None and math.isfinite(value):
-            found[seed["seed"]] = float(value)
-    return found
 
 
 def paired_difference(row: Mapping[str, Any], other: Mapping[str, Any], tag: str) -> PairedDifference | None:

@@ -50,6 +50,7 @@ def _data(workers: int, mix_by_is_new: bool, *own: MovedKey) -> tuple[MovedKey, 
         MovedKey("lanes", "order", 48),
         MovedKey("window", "order", 2048),
         MovedKey("mix_by", "order", "sample", mix_by_is_new),
+        MovedKey("buckets", "order", added=True),
         MovedKey("num_workers", "reading", workers),
         MovedKey("max_skipped_share", "reading", 0.01),
         MovedKey("verify", "reading", "auto"),
@@ -107,7 +108,7 @@ MOVED: dict[str, dict[str, tuple[MovedKey, ...]]] = {
 """Section of a recipe -> name of the class in it -> its arguments that have moved."""
 
 
-ADDED: dict[str, dict[str, Any]] = {"model": {"compile": None}}
+ADDED: dict[str, dict[str, Any]] = {"model": {"compile": None, "eval_sizes": None}}
 """Section of a recipe -> arguments that earlier versions lacked, and their defaults.
 
 The flat form leaves them out where they have their default.

@@ -296,9 +296,8 @@ def _may_change(key: str) -> bool:
 
 
 _GAINED = {"mhla_lightning.callbacks.SampleGrids": {"prompts": None}}
-_GAINED_BY_SECTION = {"model": {"eval_sizes": None}, "data": {"buckets": None}}
 _GAINED_BY_DATA = {"text_encoder": {"instruction": None}}
-"""Arguments that callbacks, tasks, data modules and their parts have gained.
+"""Arguments that callbacks and parts of data modules have gained.
 
 Each has the value that leaves its owner as it was: run ids and resumes of older recipes stay.
 """
@@ -310,7 +309,6 @@ def _without_place(values: Mapping[str, Any]) -> dict[str, Any]:
     arguments = kept["data"]["init_args"]
     callbacks = kept["trainer"].get("callbacks") or ()
     gained = [(one.get("init_args"), _GAINED.get(one.get("class_path"), {})) for one in callbacks]
-    gained += [(kept[name].get("init_args"), neutral) for name, neutral in _GAINED_BY_SECTION.items()]
     gained += [(arguments.get(part), neutral) for part, neutral in _GAINED_BY_DATA.items()]
     for given, neutral in gained:
         for name, value in neutral.items():

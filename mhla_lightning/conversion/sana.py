@@ -52,8 +52,8 @@ def sana_target(state: State, wish: Wish) -> ImportTarget:
     Values of the request take precedence over those of the checkpoint.
 
     Raises:
-        UserError: no SANA, one with parts that we lack, a backbone of another family, heads that are
-            unknown or contradict the checkpoint, or a config.json whose sizes are missing or no sizes.
+        UserError: no SANA, or one with parts that we lack. A backbone of another family. Heads that are
+            unknown or contradict the checkpoint. A config.json whose sizes are missing or no sizes.
     """
     check_backbone("backbone", wish.backbone, FAMILY, TEXT_TO_IMAGE)
     depth = _depth(state, wish.source)

@@ -1,4 +1,4 @@
-"""Images of several sizes: which image belongs to which size, and splits of a part of the images."""
+"""Images of several sizes: which image belongs to which size."""
 
 from __future__ import annotations
 

@@ -87,7 +87,11 @@ def check_header(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS) -> None:
 
 
 def size_of(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS) -> tuple[int, int]:
-    """Return (height, width) of an encoded image, upright, by its header. Raises BadImage as check_header."""
+    """Return (height, width) of an encoded image, upright, by its header.
+
+    Raises:
+        BadImage: as check_header.
+    """
     with _opened(data, formats) as image:
         turn = image.getexif().get(ExifTags.Base.Orientation, 1)
         return (image.width, image.height) if turn in _QUARTER_TURNS else (image.height, image.width)

@@ -277,7 +277,7 @@ def load_tasks(names: Iterable[str], include: str | None = None) -> tuple[TaskMa
 
 
 def _how_to_get(manager: TaskManager, name: str) -> str:
-    """Return how to fetch the data of a task elsewhere; nothing where it names no data set of the hub."""
+    """Return how to fetch a task's data elsewhere; nothing for data that are not on the hub."""
     source = (manager.task_index[name].cfg or {}).get("dataset_path")
     if not isinstance(source, str) or source.count("/") != 1:
         return ""

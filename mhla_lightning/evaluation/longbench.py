@@ -1,4 +1,4 @@
-"""LongBench (arXiv 2308.14508) in lm-evaluation-harness: its tasks, its cut of long prompts, its average."""
+"""LongBench (arXiv 2308.14508) in lm-evaluation-harness: tasks, long prompts, average."""
 
 from __future__ import annotations
 

@@ -17,13 +17,9 @@ import yaml
 
 from mhla_lightning.config.recipes import parse_yaml
 from mhla_lightning.errors import UserError, inside, unknown_name
-from mhla_lightning.evaluation.samples import (
-    AGREEMENTS,
-    SampleOptions,
-    check_samples,
-    fix_samples,
-    measure_samples,
-)
+from mhla_lightning.evaluation.clip import ClipScoreOptions, check_clip, fix_clip, measure_clip
+from mhla_lightning.evaluation.sample_options import SampleOptions
+from mhla_lightning.evaluation.samples import AGREEMENTS, check_samples, fix_samples, measure_samples
 from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_object, write_json
 
 
@@ -55,6 +51,13 @@ EVALUATIONS: dict[str, Evaluation] = {
         higher=frozenset({*AGREEMENTS, "class_score", "precision", "recall", "images_per_second"}),
         fix=fix_samples,
         check=check_samples,
+    ),
+    "clip": Evaluation(
+        options=ClipScoreOptions,
+        measure=measure_clip,
+        higher=frozenset({"clip_score"}),
+        fix=fix_clip,
+        check=check_clip,
     ),
 }
 

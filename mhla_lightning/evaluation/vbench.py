@@ -18,6 +18,7 @@ from typing import Any
 
 from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.evaluation import vbench_call
+from mhla_lightning.evaluation.sampled import sampled_files
 from mhla_lightning.runs.folder import read_json, write_json
 
 PER_PROMPT = 5
@@ -115,19 +116,7 @@ def sampled_videos(folder: Path) -> list[tuple[Path, str]]:
     Raises:
         UserError: no samples.json, a name in it outside the folder, or a missing file.
     """
-    listed = read_json(folder / "samples.json")
-    if not isinstance(listed, dict) or not listed.get("videos"):
-        raise UserError(
-            str(folder),
-            "holds no samples.json with videos; give a run, or a folder that mhla sample has filled",
-        )
-    found = []
-    for entry in listed["videos"]:
-        name = str(entry["file"])
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(str(folder / "samples.json"), f"names {name}, which is no video in that folder")
-        found.append((folder / name, str(entry["prompt"])))
-    return found
+    return sampled_files(folder, "videos")
 
 
 def video_names(prompts: Iterable[str]) -> list[str]:

@@ -133,6 +133,8 @@ def _without_weights(model: Mapping[str, Any]) -> dict[str, Any]:
         arguments["compile"] = None
     if "init_from" in arguments:
         arguments["init_from"] = None
+    if "eval_sizes" in arguments:  # a task that is rebuilt for another size need not take these
+        arguments["eval_sizes"] = None
     if isinstance(arguments.get("loss"), Mapping) and "distill" in arguments["loss"]:
         arguments["loss"] = {**arguments["loss"], "distill": None}
     return {**model, "init_args": arguments}

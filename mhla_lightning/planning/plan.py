@@ -258,11 +258,13 @@ def _length(recipe: Resolved, batches: Batches) -> tuple[Length, tuple[str, ...]
     if data.epochs is None or steps > 0:
         steps = length(recipe)  # says so where both or neither are set
     if not _there(data):
+        sizes = ", and sizes are counted as `data.image_size`" if data.order.buckets is not None else ""
         left = "how many steps that makes" if data.epochs is not None else "how many epochs that makes"
         return Length(steps if steps > 0 else None, None, data.epochs), (
-            f"no shards in {data.path}: {left} is not known",
+            f"no shards in {data.path}: {left} is not known{sizes}",
         )
-    recipe.task.check_data(data.facts(), batches.micro)
+    with inside("model"):
+        recipe.task.check_data(data.facts(), batches.micro)
     steps = length(recipe)
     return Length(steps, data.samples, steps * batches.batch / data.samples), ()
 

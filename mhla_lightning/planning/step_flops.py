@@ -40,7 +40,8 @@ def recomputed_flops(task: Task, micro_batch: int, precision: Precision) -> int:
         )
         return again - once
 
-    return in_few_layers(task, count) // micro_batch
+    added = in_few_layers(task, count) // micro_batch
+    return round(added * task.flops_per_sample / task.largest_flops)  # of samples of all sizes on average
 
 
 def step_flops(task: Task, micro_batch: int, precision: Precision) -> int:

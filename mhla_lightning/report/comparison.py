@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mhla_lightning.compare.comparison import COSTS, cost, score
-from mhla_lightning.compare.significance import half_width
+from mhla_lightning.compare.significance import PairedDifference
+from mhla_lightning.compare.student import half_width
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation import EVALUATIONS
 from mhla_lightning.report.folder import MOST_NAME, SafeFolder, finite, mapping, mappings
@@ -19,6 +20,7 @@ from mhla_lightning.runs.folder import check_run_id, is_run
 _MOST_ROWS = 64
 _LONGEST_REMARK = 1000  # characters
 _MOST_SEEDS = 64
+_MOST_TESTS = 4096
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class ComparisonReport:
         name: of its folder.
         recipe: name of the recipe.
         rows: of the table.
+        differences: paired tests of rows against one row, from the table.
         remarks: about differences between rows, from the table.
         notes: about what the page leaves out.
     """
@@ -74,6 +77,7 @@ class ComparisonReport:
     name: str
     recipe: str
     rows: list[RowReport]
+    differences: list[PairedDifference]
     remarks: list[str]
     notes: list[str]
 
@@ -97,7 +101,20 @@ def read_comparison(path: Path) -> ComparisonReport:
     found = table.get("remarks")
     remarks = [str(line)[:_LONGEST_REMARK] for line in found[:_MOST_ROWS]] if isinstance(found, list) else []
     recipe = str(table.get("recipe", ""))[:MOST_NAME]
-    return ComparisonReport(folder.path.name, recipe, shown, remarks, folder.notes)
+    tested = [one for found in mappings(table.get("differences")) if (one := _difference(found)) is not None]
+    return ComparisonReport(folder.path.name, recipe, shown, tested[:_MOST_TESTS], remarks, folder.notes)
+
+
+def _difference(found: dict[str, Any]) -> PairedDifference | None:
+    """Return a paired test of table.json; None where it is damaged or not finite."""
+    texts = [found.get(key) for key in ("row", "against", "tag")]
+    numbers = [finite(found.get(key)) for key in ("mean", "half", "p")]
+    seeds = found.get("seeds")
+    if not all(isinstance(text, str) for text in texts) or None in numbers or type(seeds) is not int:
+        return None
+    row, against, tag = (str(text)[:MOST_NAME] for text in texts)
+    mean, half, p = (float(number or 0.0) for number in numbers)
+    return PairedDifference(row, against, tag, seeds, mean, half, p)
 
 
 def _row(folder: SafeFolder, row: dict[str, Any]) -> RowReport:

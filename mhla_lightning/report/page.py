@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mhla_lightning.compare.comparison import COSTS
+from mhla_lightning.compare.significance import PairedDifference
 from mhla_lightning.evaluation.tags import higher_is_better
 from mhla_lightning.report import data
 from mhla_lightning.report.comparison import ComparisonReport, Interval, RowReport
@@ -140,6 +141,7 @@ def comparison_page(found: ComparisonReport) -> Page:
         "comparison",
         "Comparison",
         _scores_table(found.rows, tags)
+        + _differences_table(found, tags)
         + '<div id="intervals" class="grid"></div>'
         + _costs_table(found.rows)
         + "".join(f'<p class="hint">{escape(remark)}</p>' for remark in found.remarks),
@@ -229,18 +231,47 @@ def _scores_table(rows: Sequence[RowReport], tags: Sequence[str]) -> str:
         [_cell(_interval(row.scores.get(tag)), number in best[tag]) for tag in tags]
         for number, row in enumerate(rows)
     ]
-    seeds = max((len(one.values) for row in rows for one in row.scores.values()), default=0)
-    hint = (
-        f"Mean over up to {seeds} seeds ± half of its 95 % confidence interval (Student's t). "
-        "Where intervals overlap, the seeds do not settle which row is better."
-        if seeds > 1
-        else "One seed for each row: there is no interval, so small differences may be chance. "
-        "Train with --seeds 0,1,2 to see one."
+    counts = {len(one.values) for row in rows for one in row.scores.values()}
+    one_seed = (
+        "there is no interval, so small differences may be chance. Train with --seeds 0,1,2 to see one."
     )
+    if counts <= {1}:
+        hint = f"One seed for each row: {one_seed}"
+    else:
+        hint = (
+            "Mean over n seeds ± half of its 95 % confidence interval (Student's t). Where intervals "
+            "overlap, the seeds do not settle which row is better."
+        )
+        if 1 in counts:
+            hint += f" With n = 1 {one_seed}"
     heads = [f"{escape(tag)}{_arrow(tag)}" for tag in tags]
     return (
         _rows_table(rows, heads, cells) + f'<p class="hint">{escape(hint)} ↑ high is good, ↓ low is good.</p>'
     )
+
+
+def _differences_table(found: ComparisonReport, tags: Sequence[str]) -> str:
+    """Return the paired tests that `mhla compare` prints, for every metric; empty without any."""
+    tests = {(one.row, one.tag): one for one in found.differences}
+    shown = [tag for tag in tags if any(one.tag == tag for one in found.differences)]
+    if not shown:
+        return ""
+    cells = []
+    for row in found.rows:
+        line = [tests.get((row.name, tag)) for tag in shown]
+        cells.append([_cell(_DASH if one is None else _difference(one), False) for one in line])
+    heads = [f"{escape(tag)}{_arrow(tag)}" for tag in shown]
+    hint = (
+        f"Difference from {found.differences[0].against}, over n seeds that both rows have. ±: half of its "
+        "95 % confidence interval; p: of the paired t test, not corrected for the number of rows."
+    )
+    return f"<h3>Paired differences</h3>{_rows_table(found.rows, heads, cells)}" + (
+        f'<p class="hint">{escape(hint)}</p>'
+    )
+
+
+def _difference(one: PairedDifference) -> str:
+    return f"{one.mean:+.4f} <small>±{one.half:.4f}, n = {one.seeds}, p = {one.p:.2g}</small>"
 
 
 def _costs_table(rows: Sequence[RowReport]) -> str:
@@ -267,7 +298,7 @@ def _interval(one: Interval | None) -> str:
     if one is None:
         return _DASH
     mean, sign, half = one.text().partition(" ±")
-    return f"{mean} <small>±{half}</small>" if sign else mean
+    return f"{mean} <small>{f'±{half}, ' if sign else ''}n = {len(one.values)}</small>"
 
 
 def _best(tag: str, values: Sequence[float | None]) -> set[int]:

@@ -134,7 +134,9 @@ def unit_of(tag: str) -> str:
 
 
 def matrix_titles(names: Iterable[str], first: int = 0) -> list[str]:
-    """Return titles of mixing matrices: `layer 3`, or `text, layer 3` of the attention to a text.
+    """Return titles of mixing matrices.
+
+    They are `layer 3`, or `text, layer 3` of the attention to a text.
 
     Args:
         names: of their layers, in the order of the layers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,6 +103,7 @@ class Task(KeepsArguments, pl.LightningModule):
         largest_weight: elements of its largest parameter.
         grid: tokens per axis of a sample.
         flops_per_sample: forward FLOPs of a sample, on average where samples have several sizes.
+        largest_flops: forward FLOPs of a sample of the largest size.
         eval_sizes: sizes of samples besides the trained one at which validation samples are evaluated.
         train_sizes: sizes of training samples and the share of each, as the data module tells; empty where
             all have one.
@@ -159,11 +161,12 @@ class Task(KeepsArguments, pl.LightningModule):
         self.parameter_count = sum(p.numel() for p in plan.parameters())
         self.largest_weight = max(p.numel() for p in plan.parameters())
         self.grid = tuple(cast(Backbone, plan).grid)
-        self.flops_per_sample = cast(Backbone, plan).flops(self.grid)
+        self.flops_per_sample = self.largest_flops = cast(Backbone, plan).flops(self.grid)
         self._operators = list(dict.fromkeys(type(m) for m in plan.modules() if isinstance(m, Attention)))
         if self.train_sizes and isinstance(plan, TakesSizes):
             of_size = {size: cast(Backbone, plan).flops(plan.tokens_of(size)) for size in self.train_sizes}
             self.flops_per_sample = round(sum(self.train_sizes[size] * of_size[size] for size in of_size))
+            self.largest_flops = of_size[self.largest_size(next(iter(of_size)))]
 
     def check_device(self, device: torch.device) -> None:
         """Check that every operator of `attention` runs on a device.
@@ -211,7 +214,7 @@ class Task(KeepsArguments, pl.LightningModule):
 
     def _let_take(self, backbone: nn.Module) -> None:
         """Let the backbone take all sizes of the task. Raises UserError."""
-        take_sizes(backbone, self.backbone_name, "eval_sizes", self.eval_sizes, "`model.eval_sizes`")
+        take_sizes(backbone, self.backbone_name, "eval_sizes", self.eval_sizes)
         take_sizes(backbone, self.backbone_name, "attention", tuple(self.train_sizes), "the data")
 
     def take_sizes(self, facts: Mapping[str, Any]) -> None:
@@ -230,6 +233,14 @@ class Task(KeepsArguments, pl.LightningModule):
         self._measure(plan)
         if self.backbone is not None:
             self._let_take(self.backbone)
+
+    def largest_size(self, own: Size) -> Size:
+        """Return the size of the training samples that needs most memory.
+
+        Args:
+            own: the model's, where all samples have it.
+        """
+        return max(self.train_sizes or [own], key=math.prod)
 
     def tag(self, prefix: str, size: Sequence[int]) -> str:
         """Return the prefix of a size's metrics: `val`, or `val_64` of another than the trained one."""
@@ -264,9 +275,9 @@ class Task(KeepsArguments, pl.LightningModule):
         return None if facts is None else (facts.mean, facts.std)
 
     def setup(self, stage: str) -> None:
-        """Refuse a strategy, a device, an average or data that this task cannot take, before training.
+        """Refuse a strategy, device, average or data that this task cannot take.
 
-        Lightning calls it. Raises UserError.
+        Lightning calls it before training. Raises UserError.
         """
         check_strategy(self.trainer)
         check_copies(self.trainer, self.backbone is not None)
@@ -531,8 +542,9 @@ class Task(KeepsArguments, pl.LightningModule):
 
     @abstractmethod
     def example_batch(self, samples: int) -> dict[str, Tensor]:
-        """Return a batch of the shapes of training, to measure a step on.
+        """Return a batch of the shapes of training, the largest where there are several.
 
+        A step is measured on it.
         Samples are on the meta device; labels and keys have values.
         """
 

@@ -188,7 +188,7 @@ class ClassificationTask(Task):
 
     def example_batch(self, samples: int) -> dict[str, Tensor]:
         return {
-            "image": torch.empty(samples, 3, *self._image_size(), device="meta"),
+            "image": torch.empty(samples, 3, *self.largest_size(self._image_size()), device="meta"),
             "label": torch.zeros(samples, dtype=torch.int64),
             **keys(samples),
         }

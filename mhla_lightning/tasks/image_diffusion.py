@@ -140,7 +140,8 @@ class ImageDiffusionTask(DiffusionTask):
         return batch["label"].masked_fill(dropped, self.null_label)
 
     def example_batch(self, samples: int) -> dict[str, Tensor]:
-        latents = torch.empty(samples, *self.sample_shape, device="meta")
+        size = self.largest_size(self.sample_shape[1:])
+        latents = torch.empty(samples, self.sample_shape[0], *size, device="meta")
         return {"latent": latents, "label": torch.zeros(samples, dtype=torch.int64), **keys(samples)}
 
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
@@ -177,7 +178,19 @@ class ImageDiffusionTask(DiffusionTask):
             )
         if facts.get("sizes") and self.teacher is not None:
             raise UserError("loss.distill", "a teacher takes samples of one size, and the data has several")
+        missing = [size for size in self.eval_sizes if latents and size not in _sizes_of(facts)]
+        if missing:
+            raise UserError(
+                "eval_sizes",
+                f"the data has no latents of {missing[0]}, and latents are never resized; add some of that "
+                "size to `data.mix`, with `data.order.mix_by` batch",
+            )
         super().take_sizes(facts)
+
+
+def _sizes_of(facts: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Return the sizes of all latents of the data."""
+    return [tuple(shape[1:]) for shape in facts.get("shapes", ())]
 
 
 def _not_for_images(backbone: str) -> UserError:

@@ -35,7 +35,7 @@ def size_name(size: Sequence[int]) -> str:
     return str(size[0]) if len(set(size)) == 1 else "x".join(map(str, size))
 
 
-def take_sizes(backbone: nn.Module, name: str, key: str, sizes: Sequence[Size], source: str) -> None:
+def take_sizes(backbone: nn.Module, name: str, key: str, sizes: Sequence[Size], source: str = "") -> None:
     """Let a backbone take samples of further sizes.
 
     Args:
@@ -43,17 +43,16 @@ def take_sizes(backbone: nn.Module, name: str, key: str, sizes: Sequence[Size], 
         name: of the backbone, for the error.
         key: of the error.
         sizes: along each axis.
-        source: where the sizes come from, for the error.
+        source: where the sizes come from, for the error; empty where the key says it.
 
     Raises:
         UserError: sizes that it cannot take; names all of them.
     """
     if not sizes:
         return
+    of = f" of {source}" if source else ""
     if not isinstance(backbone, TakesSizes):
-        raise UserError(
-            key, f"backbone '{name}' takes samples of one size, and {source} has {_listed(sizes)}"
-        )
+        raise UserError(key, f"backbone '{name}' takes samples of one size, and not {_listed(sizes)}{of}")
     reasons: dict[Size, str] = {}
     for size in sizes:
         try:
@@ -62,12 +61,12 @@ def take_sizes(backbone: nn.Module, name: str, key: str, sizes: Sequence[Size], 
             reasons[size] = error.reason or ""
     if reasons:
         raise UserError(
-            key, f"the model cannot take {_listed(list(reasons))} of {source}: {next(iter(reasons.values()))}"
+            key, f"the model cannot take {_listed(list(reasons))}{of}: {next(iter(reasons.values()))}"
         )
     try:
         backbone.take_sizes(sizes)
     except UserError as error:
-        raise UserError(key, f"the model cannot take {_listed(sizes)} of {source}: {error}") from error
+        raise UserError(key, f"the model cannot take {_listed(sizes)}{of}: {error}") from error
 
 
 def _listed(sizes: Sequence[Size]) -> str:

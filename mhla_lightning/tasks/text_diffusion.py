@@ -184,7 +184,8 @@ class TextDiffusionTask(DiffusionTask):
         return torch.where(dropped[:, None, None], self.null_text[: text.shape[1]].to(text), text)
 
     def example_batch(self, samples: int) -> dict[str, Tensor]:
-        shapes = {"latent": self.sample_shape, "text": self.text_shape}
+        size = self.largest_size(self.sample_shape[1:])
+        shapes = {"latent": (self.sample_shape[0], *size), "text": self.text_shape}
         return {name: torch.empty(samples, *shape, device="meta") for name, shape in shapes.items()} | keys(
             samples
         )

@@ -218,6 +218,10 @@ def test_blocks_of_one_place_or_equal_distance_have_no_gaps() -> None:
         ({"mix_init": "causal_local"}, "mix_init"),
         ({"mix_clamp": [1, 0]}, "mix_clamp"),
         ({"feature_map": "gelu"}, "feature_map"),
+        ({"eps": -1}, "eps"),
+        ({"eps": "small"}, "eps"),
+        ({"qk_norm": 1}, "qk_norm"),
+        ({"block_size": 2.0}, "block_size"),
     ],
     ids=str,
 )
@@ -239,8 +243,15 @@ def test_tensors_of_another_shape_are_refused() -> None:
     ):
         with refused(key):
             made(*wrong)
-    with refused("mask"):
-        made(x, text, mask=torch.ones(2, 10, dtype=torch.bool))
+    for mask in (torch.ones(2, 10, dtype=torch.bool), torch.ones(2, 11), torch.ones(2, 11).long()):
+        with refused("mask"):
+            made(x, text, mask=mask)
+    given = CrossAttentionOptions(blocks=2, context_blocks=2)
+    for sizes, key in (({"context_dim": 0}, "context_dim"), ({"dim": 0}, "dim"), ({"heads": True}, "heads")):
+        with refused(key):
+            MHLACrossAttention(
+                **{"dim": 12, "heads": 3, **sizes}, grid=(4,), context_grid=(4,), options=given
+            )
     with refused("heads"):
         MHLACrossAttention(
             12, 5, grid=(4,), context_grid=(4,), options=CrossAttentionOptions(blocks=2, context_blocks=2)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mhla_lightning.attention import BlockGrid, MixingInit, MixingMatrix, initial_mixing
+from mhla_lightning.attention import BlockGrid, MixingInit, MixingMatrix, build_attention, initial_mixing
 from mhla_lightning.attention.mhla.relative import average_by_offset, expand_relative, offset_deviation
 from tests.helpers.errors import refused
 
@@ -217,3 +217,24 @@ def test_a_causal_matrix_serves_fewer_blocks_and_every_other_needs_its_own() -> 
         MixingMatrix(8).matrix(3)
     with refused("blocks"):
         MixingMatrix(8, "causal_uniform", causal=True).matrix(9)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["softmax", "linear", {"name": "mhla", "block_size": 2, "mix_form": "relative"}],
+    ids=["softmax", "linear", "relative"],
+)
+def test_a_grid_inside_a_larger_masked_one_gives_its_own_numbers(entry: Any) -> None:
+    """Operators need nothing but the mask; layers around them do, so batches have one grid (docs/data.md)."""
+    grid, full, heads, dim = (5, 6), (8, 7), 2, 4
+    operator = build_attention(entry, heads=heads, dim_k=dim, dim_v=dim, grid=grid)
+    q, k, v = (torch.randn(2, 30, heads, dim) for _ in range(3))
+    inside = torch.zeros(full, dtype=torch.bool)
+    inside[: grid[0], : grid[1]] = True
+    mask = inside.flatten()
+    padded = [torch.full((2, 56, heads, dim), 7.0) for _ in range(3)]
+    for wide, narrow in zip(padded, (q, k, v), strict=True):
+        wide[:, mask] = narrow
+    out = operator(*padded, grid=full, mask=mask.expand(2, -1))
+    torch.testing.assert_close(out[:, mask], operator(q, k, v, grid=grid))
+    assert not out[:, ~mask].any()

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mhla_lightning.attention import BlockGrid
+from mhla_lightning.attention import BlockGrid, CausalSelfAttention
 from mhla_lightning.attention.mhla.relative import average_by_offset, offset_deviation
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.backbones.layers import grid_sinusoid
@@ -232,6 +232,32 @@ def test_an_absolute_matrix_becomes_weights_by_offset_and_the_change_is_told() -
     layers = [each.blocks[0].attn.attention.grid for each in (source, vit((12, 8), 4))]
     expected = average_by_offset(resampled_mixing(matrix, *layers), (4, 4))
     torch.testing.assert_close(other[NAME], expected.expand(2, -1))
+
+
+def test_plain_loading_of_the_other_form_names_both_and_the_way() -> None:
+    relative, absolute = vit((6, 4), **RELATIVE), vit((6, 4), None, block_size=2)
+    for model, source, words in (
+        (relative, absolute, "the absolute form of mixing, (6, 6), and this model the relative one, (2, 15)"),
+        (absolute, relative, "the relative form of mixing, (2, 15), and this model the absolute one, (6, 6)"),
+    ):
+        for strict in (True, False):
+            with refused(NAME) as error:
+                model.load_state_dict(source.state_dict(), strict=strict)
+            assert words in str(error.value)
+            assert "model.load_state_dict(model.adapt_state_dict(state))" in str(error.value)
+        model.load_state_dict(model.state_dict())
+    assert "with `mix_per_head` true and convert" in str(error.value)  # relative has one for each head
+    relative.load_state_dict(relative.adapt_state_dict(absolute.state_dict()))
+    each = vit((6, 4), None, block_size=2, mix_per_head=True)
+    each.load_state_dict(each.adapt_state_dict(relative.state_dict()))
+    layers = [
+        CausalSelfAttention(16, attention={"name": "mhla", "heads": 2, "max_chunks": 5, "mix_form": form})
+        for form in ("absolute", "relative")
+    ]
+    for model, source in (layers, reversed(layers)):
+        with refused("attention.mixing.weight") as error:
+            model.load_state_dict(source.state_dict())
+        assert "takes all others" in str(error.value)
 
 
 def test_positions_of_a_formula_stay_its_own() -> None:

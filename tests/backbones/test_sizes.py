@@ -19,9 +19,7 @@ from tests.helpers.sana_models import build as sana
 RELATIVE = {"name": "mhla", "block_size": 2, "mix_form": "relative"}
 GROWING = {"name": "mhla", "blocks": 2}
 OPERATORS: dict[str, Any] = {
-    "softmax": "softmax",
     "linear": "linear",
-    "relative": RELATIVE,
     "absolute": {**GROWING, "pos_conv": "lepe3"},
     "hybrid": ["softmax", {**RELATIVE, "pos_conv": "cpe3"}],
 }
@@ -39,7 +37,7 @@ def deit(attention: Any, size: tuple[int, int] = OWN, **options: Any) -> VisionT
     return cast(VisionTransformer, build_backbone("deit_tiny", attention=attention, img_size=size, **given))
 
 
-def awake(model: nn.Module) -> nn.Module:
+def awake(model: nn.Module) -> Any:
     """Give every parameter values, also those that start at zero."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -67,9 +65,7 @@ def test_other_sizes_give_the_numbers_of_models_built_for_them(build: Any, atten
     for size in OTHERS:
         alone = build(attention, size)
         state = alone.adapt_state_dict(model.state_dict(), model.geometry)
-        if (
-            attention is OPERATORS["absolute"]
-        ):  # the same blocks in number, so that the matrix serves as it is
+        if attention is OPERATORS["absolute"]:  # as many blocks: the matrix serves as it is
             state |= {name: value for name, value in model.state_dict().items() if "mixing" in name}
         left = alone.load_state_dict(state, strict=False)
         assert {*left.missing_keys, *left.unexpected_keys} <= {"pos_embed"}  # of DiT, which follow a formula

@@ -246,6 +246,18 @@ def test_mixing_figure_has_a_panel_a_layer() -> None:
     assert array.shape == (4, 4)
 
 
+def test_matrices_of_the_attention_to_a_text_have_a_figure_and_numbers_of_their_own() -> None:
+    """A block has both; each is numbered among its kind, and those of a text are no squares."""
+    shapes = {"attn.attention": (4, 4), "cross_attn": (4, 6)}
+    matrices = {
+        f"blocks.{i}.{part}.mixing": torch.rand(shape) for i in range(2) for part, shape in shapes.items()
+    }
+    own, text = mixing_figures(matrices)
+    assert [panel.get_title() for panel in own.axes[:2]] == ["layer 0", "layer 1"]
+    assert [panel.get_title() for panel in text.axes[:2]] == ["text, layer 0", "text, layer 1"]
+    assert text.axes[0].images[0].get_size() == (4, 6)
+
+
 def test_many_layers_are_drawn_on_one_scale_three_rows_a_figure() -> None:
     figures = mixing_figures({f"layer{i}": torch.full((3, 3), i / 13) for i in range(14)})
     panels = [[one for one in figure.axes if one.get_title().startswith("layer")] for figure in figures]

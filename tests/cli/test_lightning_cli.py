@@ -17,6 +17,8 @@ from mhla_lightning.runs.folder import RunFolder, read_metrics
 from mhla_lightning.training.launch import RunOptions, launch
 from tests.helpers.errors import refused
 from tests.helpers.images import write_images
+from tests.helpers.sana_models import SMALL, save_pipeline
+from tests.helpers.vaes import save_captioned
 
 DEIT, CONVNET = "classification/deit_tiny_mhla_mnist_cpu", "classification/convnet_mnist_cpu"
 IMAGES = "classification/deit_tiny_mhla_images_cpu"
@@ -98,6 +100,43 @@ def test_every_packaged_cpu_recipe_trains_as_a_run(
     monkeypatch.chdir(tmp_path)
     own = {"data.source": str(write_images(tmp_path / "own").with_name("source"))} if recipe == IMAGES else {}
     door_and_run(recipe, tmp_path / "runs", SHORT | own)
+
+
+@pytest.mark.slow  # diffusers, a text encoder, and seven commands
+def test_images_with_captions_fine_tune_sana(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user would: a folder to latents, weights of SANA, the packaged recipe, samples, an export."""
+    monkeypatch.chdir(tmp_path)
+    save_pipeline(Path("sana"))
+    save_captioned(Path("photos"), 12)
+    text = {"name": "sana", "tokens": 80, "channels": 24, "instruction": "sana"}
+    encode = ["data", "latents", "photos", "latents", "--vae", "sana", "--text-encoder", "sana"]
+    encode += ["--instruction", "sana", "--tokens", "80", "--size", "16", "--val", "4", "--device", "cpu"]
+    assert mhla(encode) == 0
+    blocks = ["--attention", "{name: mhla, blocks: 2}"]
+    assert mhla(["import", "sana", "sana", "--out", "start.safetensors", *blocks]) == 0
+    sizes = {**SMALL, "input_size": 4, "in_channels": 8, "text_dim": 24, "text_length": 80}
+    own = {
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "model.init_from": "start.safetensors",
+        "model.attention.blocks": 2,
+        "model.backbone_options": sizes,
+        "data.path": "latents",
+        "data.batch_size": 4,
+        "data.reading.num_workers": 0,
+        "data.vae": {"name": "sana", "scale": 0.4, "shift": 0.0, "shape": [8, 4, 4]},
+        "data.text_encoder": text,
+    }
+    door_and_run("text_to_image/sana_600m_mhla_finetune", tmp_path / "runs", SHORT | own)
+    for folder in (tmp_path / "sana" / "text_encoder", tmp_path / "latents"):
+        folder.rename(folder.with_name("away"))
+    drawn = ["sample", "door", "--runs", "runs", "--prompt", "a red cat", "--out", "drawn", "--steps", "2"]
+    assert mhla(drawn) == 2, "prompts need the text encoder"
+    (tmp_path / "sana" / "away").rename(tmp_path / "sana" / "text_encoder")
+    assert mhla([*drawn, "--size", "16x16", "--n", "2"]) == 0
+    assert len(list(Path("drawn").glob("*-a-red-cat.png"))) == 2
+    assert mhla(["export", "door", "--runs", "runs", "--to", "exported", "--format", "diffusers"]) == 0
+    assert mhla(["import", "sana", "exported", "--out", "again.safetensors"]) == 0
 
 
 @pytest.mark.slow  # seconds for each model of 341M parameters, without weights

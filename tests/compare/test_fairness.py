@@ -7,7 +7,7 @@ from typing import Any
 from mhla_lightning.attention import attention_entries
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.compare.comparison import table_row
-from mhla_lightning.compare.fairness import remarks
+from mhla_lightning.compare.fairness import remarks, warned
 
 TINY: dict[str, Any] = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 3, "num_heads": 2}
 
@@ -49,6 +49,16 @@ def test_a_hybrid_names_its_layers() -> None:
 def test_other_costs_are_named_above_one_percent() -> None:
     (note,) = remarks([row("a", "linear", 0.9), row("b", "linear", 0.5, parameters=102)])
     assert note == "the rows differ by 2.0% in parameters: 100 to 102"
+
+
+def test_warnings_of_runs_become_notes_with_their_rows() -> None:
+    found = {"a": ["all of it is warm-up", "skipped"], "b": ["all of it is warm-up"], "c": []}
+    assert warned(found) == [
+        "warning in row a and b: all of it is warm-up",
+        "warning in row a: skipped",
+    ]
+    assert warned({"a": ["x"], "b": ["x"]}) == ["warning in all rows: x"]
+    assert len(warned({"a": [str(number) for number in range(99)]})) == 20
 
 
 def test_a_difference_that_the_validation_cannot_tell_is_named() -> None:

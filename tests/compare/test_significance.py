@@ -13,12 +13,10 @@ from mhla_lightning.compare.comparison import table_row
 from mhla_lightning.compare.significance import (
     as_json,
     difference_table,
-    half_width,
     paired_difference,
     paired_differences,
-    quantile,
-    share_within,
 )
+from mhla_lightning.compare.student import half_width, quantile, share_within
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,7 @@ def test_a_folder_of_images_and_captions(root: Path, tmp_path: Path) -> None:
     assert (shown.kind, shown.shown, shown.unusable) == ("latents", 8, 0)
 
 
+@pytest.mark.slow  # transformers, and a text encoder that is opened four times
 def test_training_takes_it_with_the_stored_empty_text(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     gemma = save_gemma2(tmp_path / "gemma")
@@ -215,6 +216,24 @@ def test_images_without_a_caption_are_skipped_and_counted(root: Path, tmp_path: 
     assert notes[1].startswith("2 of 10 images have no caption and are left out; the first is 001 of train")
 
 
+def test_long_captions_are_cut_and_counted(root: Path, tmp_path: Path) -> None:
+    """They are found before the first caption is encoded."""
+    with refused("sample 001 of train", DataError) as error:
+        make_latents(root / "photos", tmp_path / "out", options(root, {"tokens": 3}))
+    assert "has 5 tokens, and 1 of 3 captions have more than the 3 tokens" in str(error.value)
+    notes: list[str] = []
+    text = {"tokens": 3, "long_captions": "cut"}
+    make_latents(root / "photos", tmp_path / "out", options(root, text), on_note=notes.append)
+    assert notes[-1] == (
+        "1 of 3 captions have more than the 3 tokens that words:8 takes, and are cut; the first is of 001 of "
+        "train, with 5"
+    )
+    whole = load_text_encoder(TextEncoding(WORDS, 20, 8)).encode(["a dog at the left"])[0]
+    cut = [array(one, "text") for one in samples(tmp_path / "out" / "train") if b"dog" in one["txt"]]
+    assert all(np.array_equal(rows, whole[:3].half().numpy()) for rows in cut)
+    assert cut
+
+
 def test_a_damaged_image_is_skipped_and_counted(root: Path, tmp_path: Path) -> None:
     photos = save_captioned(tmp_path / "photos")
     (photos / "001.png").write_bytes(b"no image")
@@ -282,6 +301,8 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--uncaptioned", "skip"], "--uncaptioned: "),
         (["--text-encoder", WORDS, "--uncaptioned", "drop"], "--uncaptioned: "),
         (["--text-encoder", WORDS, "--tokens", "0"], "--tokens: "),
+        (["--text-encoder", WORDS, "--long-captions", "drop"], "--long-captions: "),
+        (["--long-captions", "cut"], "--long-captions: "),
         (["--text-encoder", WORDS, "--tokens", "2"], "sample "),
         (["--text-encoder", WORDS, "--instruction", "sana"], "instruction: "),
         (["--text-encoder", WORDS, "--captions", "captions.csv"], "--captions: "),

@@ -95,6 +95,11 @@ def test_umt5_is_that_of_transformers(umt5: str) -> None:
     )
     model: Any = UMT5EncoderModel.from_pretrained(umt5)
     direct = model.eval()(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    few = AutoTokenizer.from_pretrained(umt5)(texts[2], truncation=True, max_length=6, return_tensors="pt")
+    encoder = load_text_encoder(TextEncoding(umt5, 6, 24))
+    cut = model.eval()(few.input_ids).last_hidden_state[0]
+    torch.testing.assert_close(encoder.encode(texts[2:], cut=True)[0], cut, atol=1e-5, rtol=1e-5)
+    assert encoder.length(texts[2]) == len(texts[2]) + 1
     for rows, its, mask in zip(found, direct, tokens.attention_mask, strict=True):
         assert len(rows) == int(mask.sum())
         torch.testing.assert_close(rows, its[: len(rows)], atol=1e-5, rtol=1e-5)
@@ -156,6 +161,13 @@ def test_an_instruction_is_read_as_sana_s_pipeline_reads_it(tmp_path: Path) -> N
     assert not torch.equal(encoder.encode(texts)[0][2:4], load_text_encoder(plain).encode(texts)[0][1:3])
     assert encoder.encoding.sha256 != load_text_encoder(plain).encoding.sha256
     assert load_text_encoder(folder, instruction="sana").encoding == replace(encoder.encoding, tokens=300)
+    few = load_text_encoder(TextEncoding(folder, 6, 24, instruction="sana"))
+    short, kept, _, _ = pipeline.encode_prompt(
+        texts, False, max_sequence_length=6, complex_human_instruction=instruction
+    )
+    for text, rows, its in zip(texts, few.encode(texts, cut=True), short, strict=True):
+        torch.testing.assert_close(rows, its, atol=1e-5, rtol=1e-5)
+        assert few.length(text) == encoder.length(text) == len(encoder.encode([text])[0]) > 6
     with refused("text_encoder.instruction"):
         load_text_encoder(replace(plain, instruction="polite"))
     with refused("texts"):

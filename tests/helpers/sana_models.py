@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -9,6 +10,7 @@ import torch
 
 from mhla_lightning import backbones
 from mhla_lightning.attention import ATTENTION
+from tests.helpers.vaes import save_dc, save_gemma2
 from tests.helpers.video_models import inputs
 
 SMALL: dict[str, Any] = {
@@ -58,3 +60,12 @@ def theirs(bias: bool = False, **sizes: Any) -> Any:
         sample_size=small["input_size"][0],
         patch_size=small["patch_size"],
     ).eval()
+
+
+def save_pipeline(folder: Path) -> Path:
+    """A small random pipeline of SANA: autoencoder, text encoder with its tokenizer, and transformer."""
+    save_dc(folder / "vae")
+    save_gemma2(folder)
+    model = theirs(in_channels=8, input_size=(4, 4), text_dim=24)
+    model.save_pretrained(folder / "transformer")
+    return folder

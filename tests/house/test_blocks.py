@@ -48,6 +48,7 @@ NOT_EXECUTED = {
     r"python -m mhla_lightning\.lightning_cli ": "tests/cli/test_lightning_cli.py runs it",
     r"mhla bench ": "measures for minutes on a quiet machine; tests/bench runs each verb",
     r"mhla compare ": "trains for minutes; tests/cli compares shorter runs",
+    r"mhla reproduce( (?!--list)|$)": "trains for hours; tests/evidence runs a tiny study",
     r"mhla test-operator my_package": "needs the reader's package",
     r"mhla sample digits .* --seed 1": "a run of the tutorial of images, which draws from it",
     r"lightning run video_dit/wan_1_3b": "needs a GPU and public weights",

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from mhla_lightning.cli.main import main
+from mhla_lightning.compare.significance import as_json, paired_differences
 from mhla_lightning.errors import UserError
 from mhla_lightning.report import data as page_data
 from mhla_lightning.report.comparison import interval, read_comparison
@@ -244,13 +245,51 @@ def test_a_comparison_has_a_table_with_intervals_and_a_plot_per_metric(tmp_path:
     values = [top / 4 for top in (1.0, 1.1, 1.3)]  # the loss of step 12
     assert row["values"] == pytest.approx(values)
     assert row["half"] == pytest.approx(4.302653 * statistics.stdev(values) / 3**0.5)
-    assert f"{statistics.fmean(values):.4f} <small>± {row['half']:.4f}</small>" in page
+    assert f"{statistics.fmean(values):.4f} <small>± {row['half']:.4f}, n = 3</small>" in page
     curves = found["charts"][0]["curves"]
     kinds = [False, True, True, True]  # the mean, and three seeds
     assert [curve["seed"] for curve in curves] == 2 * kinds
     assert [curve["series"] for curve in curves] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert curves[0]["y"][0] == pytest.approx(2.1 / 1.25)
     assert page.count('class="number best"') == 2
+
+
+def test_a_comparison_shows_the_paired_test_that_compare_prints(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "compare-1", {"linear": [2.0, 2.2, 2.1], "mhla": [1.0, 1.1, 1.3]})
+    table = json.loads((folder / "table.json").read_text())
+    rows = [
+        {**row, "seeds": [{**seed, "seed": number} for number, seed in enumerate(row["seeds"])]}
+        for row in table["rows"]
+    ]
+    tested = list(paired_differences(rows, "linear", ["val/loss"]))
+    damaged: list[Any] = [{"row": "mhla", "tag": 3}, "x", {"row": "mhla", "against": "a", "tag": "val/top1"}]
+    (folder / "table.json").write_text(json.dumps(table | {"differences": [*as_json(tested), *damaged]}))
+    page = report(folder, to=tmp_path / "page")
+    (one,) = tested
+    shown = f"{one.mean:+.4f} <small>±{one.half:.4f}, n = 3, p = {one.p:.2g}</small>"
+    assert page.count(shown) == 1
+    assert "Difference from linear" in page
+
+
+def test_a_row_of_one_seed_beside_others_is_marked(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "compare-1", {"linear": [2.0, 2.2], "mhla": [1.0]})
+    page = report(folder, to=tmp_path / "page")
+    assert "n = 2</small>" in page
+    assert "n = 1</small>" in page
+    assert "With n = 1 there is no interval" in page
+
+
+def test_without_a_folder_each_page_has_the_name_of_its_runs(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(run.path, other)
+    for words in ([run.path], [other], [run.path, other]):
+        assert main(["report", *map(str, words)]) == 0
+    pages = [path.parent.name for path in tmp_path.glob("report-*/index.html")]
+    assert len(pages) == 3
+    assert {f"report-{run.run_id}", "report-other"} < set(pages)
 
 
 def test_a_comparison_without_its_run_folders(tmp_path: Path) -> None:

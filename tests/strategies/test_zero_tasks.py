@@ -52,6 +52,19 @@ def test_stage_3_follows_ddp(nursery: Nursery, task: str, tmp_path: Path) -> Non
         assert zero[tag] == pytest.approx(ddp[tag], abs=1e-5), tag
 
 
+@pytest.mark.slow  # two runs of two ranks
+def test_a_text_that_mhla_reads_follows_ddp_at_stage_3(nursery: Nursery, tmp_path: Path) -> None:
+    """The learning rate throws mixing weights out of their range, so that a missing projection would show."""
+    recipe = str(write_recipes(tmp_path, ["video_dit"])["video_dit"])
+    short = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "4"]
+    short += ["--model.backbone_options.cross_attention", "mhla", "--model.optimizer.lr", "0.05"]
+    short += ["--trainer.callbacks", f"[{EMA}]"]
+    ddp, zero = (losses(nursery, recipe, tmp_path, strategy, *short) for strategy in ("ddp", ZERO3))
+    assert len(ddp["train/loss"]) == 4
+    for tag in LOSSES:
+        assert zero[tag] == pytest.approx(ddp[tag], rel=1e-4), tag
+
+
 COMPILED = ["--model.compile.what", "blocks", "--model.compile.backend", "aot_eager"]
 
 

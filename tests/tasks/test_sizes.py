@@ -6,13 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 
 from mhla_lightning.backbones.sizes import TakesSizes
-from mhla_lightning.data import Augmentation, BucketConfig, ImageDataModule, ReadingConfig
-from mhla_lightning.tasks import ClassificationTask, ImageDiffusionTask, LanguageTask, Task
+from mhla_lightning.data import (
+    Augmentation,
+    BucketConfig,
+    CaptionedImageDataModule,
+    ImageDataModule,
+    LatentDataModule,
+    OrderConfig,
+    ReadingConfig,
+    TextEncoding,
+)
+from mhla_lightning.data.corpus import DataSource
+from mhla_lightning.data.index import VAE, ShardIndex
+from mhla_lightning.data.prepare.samples import latent_sample
+from mhla_lightning.data.prepare.writer import write_split
+from mhla_lightning.tasks import (
+    ClassificationTask,
+    ImageDiffusionTask,
+    LanguageTask,
+    Task,
+    TextToImageTask,
+)
 from mhla_lightning.tasks.optimization import ScheduleConfig
+from tests.helpers.captioned_images import write_captioned
 from tests.helpers.errors import refused
 from tests.helpers.images import write_images
 
@@ -63,7 +84,7 @@ def data_of(shards: Path, sizes: Any = (4, 8, 12)) -> ImageDataModule:
         image_size=8,
         augmentation=PLAIN,
         reading=ReadingConfig(num_workers=0),
-        buckets=None if sizes is None else BucketConfig(list(sizes)),
+        order=OrderConfig(buckets=None if sizes is None else BucketConfig(list(sizes))),
     )
 
 
@@ -74,7 +95,8 @@ class Shapes(pl.Callback):
         self.seen: list[tuple[int, ...]] = []
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        self.seen.append(tuple(batch["image"].shape[2:]))
+        samples = batch["image"] if "image" in batch else batch["latent"]
+        self.seen.append(tuple(samples.shape[2:]))
 
 
 @pytest.mark.parametrize("build", [classifier, diffusion], ids=["classification", "diffusion"])
@@ -103,7 +125,7 @@ def test_a_plain_trainer_trains_on_buckets_and_validates_at_other_sizes(shards: 
         assert alone[f"{tag}/loss"] == pytest.approx(found[f"{tag}/loss"])
 
 
-def test_the_loss_at_another_size_is_that_of_a_model_built_for_it(shards: Path) -> None:
+def test_the_loss_at_another_size_is_that_of_a_model_built_for_it(shards: Path, tmp_path: Path) -> None:
     pl.seed_everything(0, verbose=False)
     task = classifier("softmax", [16])
     task.configure_model()
@@ -123,6 +145,11 @@ def test_the_loss_at_another_size_is_that_of_a_model_built_for_it(shards: Path) 
     (wanted,) = trainer.validate(alone, data, verbose=False)
     assert found["val_16/loss"] == pytest.approx(wanted["val/loss"], rel=1e-5)
     assert found["val_16/top1"] == wanted["val/top1"]
+    trainer.save_checkpoint(tmp_path / "alone.ckpt", weights_only=True)
+    again = ClassificationTask.load_from_checkpoint(tmp_path / "alone.ckpt", eval_sizes=[8])
+    (other,) = trainer.validate(again, data, verbose=False)
+    assert other["val/loss"] == wanted["val/loss"]
+    assert other["val_8/loss"] != other["val/loss"]
 
 
 @pytest.mark.parametrize("build", [classifier, diffusion], ids=["classification", "diffusion"])
@@ -145,7 +172,7 @@ def test_sizes_that_the_model_cannot_take_are_refused_before_training(shards: Pa
 
 def test_a_backbone_of_one_size_says_so() -> None:
     with refused("eval_sizes") as error:
-        ClassificationTask("vlt_tiny", "mhla", {"img_size": 224}, eval_sizes=[256])
+        ClassificationTask("convnet_tiny", "none", eval_sizes=[256])
     assert "takes samples of one size" in str(error.value)
 
 
@@ -163,6 +190,8 @@ def test_the_mean_of_all_sizes_is_planned(shards: Path) -> None:
     for size in (4, 8, 12):
         flops.append(classifier(sizes=None, img_size=size).flops_per_sample)
     assert task.flops_per_sample == round(sum(flops) / 3)
+    assert task.largest_flops == flops[-1]
+    assert task.example_batch(2)["image"].shape == (2, 3, 12, 12)
 
 
 @pytest.mark.parametrize("door", ["fit", "validate"])
@@ -186,3 +215,69 @@ def test_other_tasks_have_one_size() -> None:
     task = LanguageTask("lm_tiny", "softmax", {"embed_dim": 8, "depth": 1, "context": 8})
     assert task.eval_sizes == ()
     assert isinstance(classifier()._weightless(), TakesSizes)
+
+
+def write_latents(root: Path, sides: tuple[int, ...]) -> LatentDataModule:
+    """Latents of images of several sizes, a source each; the first is the recipe's."""
+    rng = np.random.default_rng(0)
+    for side in sides:
+        header = ShardIndex("latents", (), ("a", "b"), vae=VAE("tiny", 1.0, 0.0, (4, side, side)))
+        shape = (4, side, side)
+        for split in ("train", "val"):
+            made = [
+                latent_sample(header, f"s{n}", rng.normal(size=shape).astype(np.float32), label=n % 2)
+                for n in range(12)
+            ]
+            write_split(root / str(side) / split, header, made, 100_000)
+    return LatentDataModule(
+        VAE("tiny", 1.0, 0.0, (4, sides[0], sides[0])),
+        batch_size=4,
+        mix=[DataSource(str(root / str(side))) for side in sides],
+        order=OrderConfig(mix_by="batch"),
+        reading=ReadingConfig(num_workers=0),
+    )
+
+
+def test_latents_of_several_sizes_train_one_model(tmp_path: Path) -> None:
+    for side in (8, 12):
+        (tmp_path / str(side)).mkdir()
+    data, shapes = write_latents(tmp_path, (8, 12)), Shapes()
+    options = {"in_channels": 4, "num_classes": 2}
+    for attention, sizes, key in ((ABSOLUTE, None, "attention"), (RELATIVE, [16], "eval_sizes")):
+        with refused(key):
+            diffusion(attention, sizes, **options).check_data(data.facts(), 4)
+    task = diffusion(RELATIVE, [12], **options)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, num_sanity_val_steps=0, callbacks=[shapes], **QUIET
+    )
+    trainer.fit(task, data)
+    assert set(shapes.seen) == {(8, 8), (12, 12)}
+    found = trainer.callback_metrics
+    assert {"val/loss", "val_12/loss"} <= found.keys()
+    assert task.train_sizes == {(8, 8): 0.5, (12, 12): 0.5}
+
+
+def test_sana_trains_on_captioned_images_of_several_sizes(tmp_path: Path) -> None:
+    words = TextEncoding("words:8", 6, 8)
+    data = CaptionedImageDataModule(
+        words,
+        str(write_captioned(tmp_path / "shards")),
+        4,
+        image_size=8,
+        augmentation=PLAIN,
+        order=OrderConfig(buckets=BucketConfig([8, [8, 16], 12])),
+        reading=ReadingConfig(num_workers=0),
+    )
+    options = {"embed_dim": 24, "depth": 1, "num_heads": 3, "text_dim": 8, "text_length": 6}
+    for attention, refuses in ((ABSOLUTE, True), (RELATIVE, False)):
+        task = TextToImageTask("sana_tiny", attention, {"input_size": 8, **options})
+        if refuses:
+            with refused("backbone_options.input_size"):
+                task.check_data(data.facts(), 4)
+    shapes = Shapes()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=2, num_sanity_val_steps=0, callbacks=[shapes], **QUIET
+    )
+    trainer.fit(task, data)
+    assert set(shapes.seen) == {(8, 8), (8, 16), (12, 12)}
+    assert trainer.callback_metrics["val/loss"].isfinite()

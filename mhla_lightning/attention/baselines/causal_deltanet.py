@@ -25,9 +25,10 @@ _EPS = 1e-6  # beside the square of a length, as in flash-linear-attention; a ke
 def delta_rule_recurrent(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute S_t = S_t-1 + beta_t k_t (v_t - S_t-1^T k_t)^T and o_t = S_t^T q_t, token by token.
+    """Compute the delta rule token by token.
 
-    This is one step of gradient descent on |S^T k_t - v_t|^2 / 2 per token, with the rate beta_t.
+    S_t = S_t-1 + beta_t k_t (v_t - S_t-1^T k_t)^T and o_t = S_t^T q_t. A token is one step of gradient
+    descent on |S^T k_t - v_t|^2 / 2, with the rate beta_t.
 
     Args:
         q, k: (batch, heads, tokens, dim_k).
@@ -57,9 +58,10 @@ def delta_rule(
     chunk_size: int = 64,
     packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`delta_rule_recurrent` in chunks, with the WY representation (paper Sec. 3.2).
+    """Compute :func:`delta_rule_recurrent` in chunks, by the WY representation.
 
-    Within a chunk the written values are U = T V - T K S, where S is the state before it and
+    The source is Sec. 3.2 of the paper.
+    A chunk writes the values U = T V - T K S, where S is the state before it. The transform is
     T = (I + tril(diag(beta) K K^T, -1))^-1 diag(beta). Only S is handed from chunk to chunk.
 
     Args:
@@ -102,10 +104,11 @@ def delta_rule_flops(tokens: int, heads: int, dim_k: int, dim_v: int, chunk_size
 
 
 def _wy_transform(k: Tensor, beta: Tensor) -> Tensor:
-    """Return T of :func:`delta_rule`, (..., size, size), for k (..., size, dim_k) and beta (..., size, 1).
+    """Return T of :func:`delta_rule`, (..., size, size).
 
-    The matrix has 1 on its diagonal, so a triangular solve is exact up to rounding. Powers of its lower part
-    would be cheaper on a GPU, but where keys repeat they grow as binomial coefficients.
+    It is made of k (..., size, dim_k) and beta (..., size, 1). The matrix to invert has 1 on its diagonal, so
+    a triangular solve is exact up to rounding. Powers of its lower part would be cheaper on a GPU, but where
+    keys repeat they grow as binomial coefficients.
     """
     strength = ((beta * k) @ k.mT).tril(-1)
     return torch.linalg.solve_triangular(
@@ -123,7 +126,7 @@ def _begins(chunks: DocumentChunks, number: int) -> Tensor:
 
 
 class DeltaNet(base.CausalAttention):
-    """The delta rule (arXiv 2406.06484): each token overwrites what its key read, by the share beta.
+    """The delta rule (arXiv 2406.06484): a token overwrites what its key reads.
 
     S_t = (I - beta_t k_t k_t^T) S_t-1 + beta_t k_t v_t^T, o_t = S_t^T q_t dim_k ** -0.5. SiLU is applied to q
     and k, which are then normalized to length 1. Rotary turns them after that, which keeps their length.
@@ -187,6 +190,9 @@ class DeltaNet(base.CausalAttention):
             out, total = delta_rule_recurrent(*_prepared(q, k, v, context), state.total)
         return out.transpose(1, 2).to(v.dtype), LinearState(total, None)
 
+    def host_needed(self, state: base.State) -> str | None:
+        return None
+
     def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Compute o_t token by token, without chunks; see :meth:`Attention.dense`."""
         out, _ = delta_rule_recurrent(*_prepared(q, k, v, context))
@@ -197,7 +203,7 @@ class DeltaNet(base.CausalAttention):
 
 
 def _prepared(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return scaled q, k and v (batch, heads, tokens, dim) and beta (batch, heads, tokens), in sums' dtype.
+    """Return what :func:`delta_rule` takes, in the dtype of sums; q is scaled.
 
     Raises:
         UserError: no beta.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mhla_lightning.arguments.checked import CheckedOptions
 from mhla_lightning.attention.base import CausalAttention, State, accumulation_dtype
 from mhla_lightning.attention.baselines.causal_conv import ShortConvolution
 from mhla_lightning.attention.context import Context, Rotary
@@ -51,7 +52,7 @@ class LayerState:
 
 
 @dataclass(frozen=True)
-class CausalLayerOptions:
+class CausalLayerOptions(CheckedOptions):
     """Keys of an attention entry that belong to :class:`CausalSelfAttention`.
 
     Args:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mhla_lightning.arguments.checked import CheckedOptions
 from mhla_lightning.attention.base import accumulation_dtype, feature_map, full_precision, known, positive
-from mhla_lightning.attention.context import check_mask
 from mhla_lightning.attention.layers.inputs import check_tokens
+from mhla_lightning.attention.masks import check_mask
 from mhla_lightning.attention.mhla.cross import (
     CROSS_NORMALIZERS,
     CrossMixingMatrix,
@@ -24,7 +25,7 @@ from mhla_lightning.errors import UserError
 
 
 @dataclass(frozen=True)
-class CrossAttentionOptions:
+class CrossAttentionOptions(CheckedOptions):
     """Options of :class:`MHLACrossAttention`.
 
     Args:
@@ -57,6 +58,7 @@ class CrossAttentionOptions:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         known("normalizer", self.normalizer, CROSS_NORMALIZERS)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mhla_lightning.arguments.checked import CheckedOptions
 from mhla_lightning.attention.arithmetic import ceil_div
-from mhla_lightning.attention.base import known
+from mhla_lightning.attention.base import known, positive
 from mhla_lightning.attention.context import Context, Rotary
 from mhla_lightning.attention.entry import Entry, build_operator, resolve_layer
 from mhla_lightning.attention.layers.inputs import check_tokens
@@ -48,7 +49,7 @@ class DepthwiseConv(nn.Module):
 
 
 @dataclass(frozen=True)
-class LayerOptions:
+class LayerOptions(CheckedOptions):
     """Keys of an attention entry that belong to :class:`SelfAttention`.
 
     Args:
@@ -77,6 +78,7 @@ class LayerOptions:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         known("pos_conv", self.pos_conv, POS_CONVS)
         if self.gate not in GATES:
             raise UserError("gate", f"found {self.gate}; it is true, false or linear")
@@ -101,6 +103,8 @@ class SelfAttention(nn.Module):
         if attention is None:
             most = 16 if len(grid) == 1 else 4
             attention = {"name": "mhla", "block_size": [ceil_div(n, most) for n in grid]}
+        positive("dim", dim)
+        positive("heads", heads)
         if dim % heads:
             raise UserError("heads", f"{heads} heads do not divide {dim} channels")
         with inside("attention"):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mhla_lightning.attention.base import accumulation_dtype, known
-from mhla_lightning.attention.context import Rotary, check_mask
+from mhla_lightning.attention.context import Rotary
+from mhla_lightning.attention.masks import check_mask
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.errors import UserError
 

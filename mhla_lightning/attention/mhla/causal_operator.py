@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mhla_lightning.arguments.checked import CheckedOptions
 from mhla_lightning.attention import base
 from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.chunks import EXTRAPOLATIONS, SPANS, check_reach
@@ -52,7 +53,7 @@ class WindowedState:
 
 
 @dataclass(frozen=True)
-class CausalMHLAOptions:
+class CausalMHLAOptions(CheckedOptions):
     """Keys of a causal `mhla` entry that belong to the operator.
 
     Defaults are the paper's; `intra`, `decay` and `mix_form: relative` go beyond it.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mhla_lightning.attention.base import known
-from mhla_lightning.attention.context import check_mask
+from mhla_lightning.attention.masks import check_mask
 from mhla_lightning.attention.mhla.bidirectional import block_summaries, mix, read
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.attention.mhla.mixing import MixingInit, MixingMatrix
@@ -168,6 +168,9 @@ class CrossMixingMatrix(MixingMatrix):
         if heads is not None:
             weight = weight.expand(heads, -1, -1).clone()
         self.weight = nn.Parameter(weight, requires_grad=learnable)
+
+    def form_of(self, shape: Sequence[int]) -> str | None:
+        return None  # no other form
 
     def matrix(self, blocks: int | Sequence[int] | None = None) -> Tensor:
         """Return the weight; its rows and columns are the blocks of the two grids."""

@@ -68,12 +68,13 @@ class BlockGrid:
         self.even = self.padded == self.grid
 
     def _per_axis(self, key: str, value: int | Sequence[int]) -> tuple[int, ...]:
-        values = (value,) * len(self.grid) if isinstance(value, int) else tuple(value)
-        if len(values) != len(self.grid) or any(not isinstance(x, int) or x < 1 for x in values):
+        values = (value,) * len(self.grid) if isinstance(value, int) else value
+        several = isinstance(values, Sequence) and len(values) == len(self.grid)
+        if not several or any(not isinstance(x, int) or isinstance(x, bool) or x < 1 for x in values):
             raise UserError(
                 key, f"found {value}; give one positive whole number per axis of the {self.grid} token grid"
             )
-        return values
+        return tuple(values)
 
     def __repr__(self) -> str:
         return f"BlockGrid(grid={self.grid}, blocks={self.blocks}, block_size={self.block_size})"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -251,6 +252,7 @@ class MixingMatrix(nn.Module):
         self.clamp = None if clamp is None else (float(clamp[0]), float(clamp[1]))
         self.blocks, self.counts = grid.num_blocks, grid.blocks
         self.weight = nn.Parameter(weight, requires_grad=learnable)
+        self.register_load_state_dict_pre_hook(_refuse_other_form)
 
     def forward(self) -> Tensor:
         """Return the weight as an operator uses it.
@@ -294,6 +296,16 @@ class MixingMatrix(nn.Module):
         weight = self()[..., :blocks, :blocks]
         return weight.tril() if self.causal else weight
 
+    def form_of(self, shape: Sequence[int]) -> str | None:
+        """Return the form of weights of another shape.
+
+        None for this matrix's own shape, and where nothing tells the form.
+        """
+        if tuple(shape) == tuple(self.weight.shape) or not self.weight.numel():  # ZeRO-3 holds it elsewhere
+            return None
+        square = len(shape) > 1 and shape[-1] == shape[-2]
+        return "absolute" if len(shape) == 3 or square else "relative" if len(shape) == 2 else None
+
     @torch.no_grad()
     def project_(self) -> None:
         """Restore the constraints after an optimizer step (SPEC 1.3).
@@ -304,3 +316,25 @@ class MixingMatrix(nn.Module):
             self.weight.clamp_(*self.clamp)
         if self.causal and self.form == "absolute":
             self.weight.tril_()
+
+
+def _refuse_other_form(module: MixingMatrix, state: Mapping[str, Tensor], prefix: str, *others: Any) -> None:
+    """Refuse weights of the other form before torch compares shapes: a hook.
+
+    Raises:
+        UserError: with the name of the weight.
+    """
+    name = f"{prefix}weight"
+    value = state.get(name)
+    found = None if value is None else module.form_of(value.shape)
+    if value is not None and found not in (None, module.form):
+        way = "convert: `init_from`, or in Python model.load_state_dict(model.adapt_state_dict(state))"
+        if found == "relative" and len(value) > 1 and module.weight.dim() == 2:
+            way = f"with `mix_per_head` true and {way}"  # one matrix has no room for several heads
+        if module.causal:
+            way = "start this matrix anew with `init_from`, which takes all others"
+        raise UserError(
+            name,
+            f"it has the {found} form of mixing, {tuple(value.shape)}, and this model the {module.form} one, "
+            f"{tuple(module.weight.shape)}; build the model with `mix_form` {found}, or {way}",
+        )

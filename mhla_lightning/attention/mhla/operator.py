@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mhla_lightning.arguments.checked import CheckedOptions
 from mhla_lightning.attention import base
 from mhla_lightning.attention.context import Context
 from mhla_lightning.attention.mhla.bidirectional import NORMALIZERS, mhla_on_grid
@@ -21,7 +22,7 @@ from mhla_lightning.errors import UserError
 
 
 @dataclass(frozen=True)
-class MHLAOptions:
+class MHLAOptions(CheckedOptions):
     """Keys of an `mhla` entry that belong to the operator. Defaults are the paper's.
 
     Args:

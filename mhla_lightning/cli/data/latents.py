@@ -35,7 +35,8 @@ examples:
   mhla data latents /photos data/photos --vae SANA --text-encoder SANA --instruction sana --size 1024
   mhla data latents --video data/clips data/clip-latents --vae /models/Wan2.1 --text-encoder /models/Wan2.1"""
 _IMAGES_ONLY = ("size", "batch_size", "moments", "flip", "scale", "shift", "val", "seed")
-_CAPTIONS_ONLY = ("tokens", "instruction", "captions", "caption_key", "uncaptioned")  # of images
+_TEXT_ONLY = ("tokens", "long_captions")
+_CAPTIONS_ONLY = ("instruction", "captions", "caption_key", "uncaptioned")  # of images
 _SHOWN = 10
 
 
@@ -145,6 +146,9 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         help="the most tokens that a caption may have (default: 300 of Gemma-2, else 512)",
     )
     parser.add_argument(
+        "--long-captions", metavar="WHAT", help="refuse or cut captions with more tokens (default: refuse)"
+    )
+    parser.add_argument(
         "--instruction",
         metavar="NAME",
         help="what Gemma-2 reads before a caption of an image: sana, as SanaPipeline (default: nothing)",
@@ -206,7 +210,8 @@ def _make(
     names = ("vae", "subfolder", "name", "device", "dtype", "shards", "max_skipped_share")
     chosen = {name: getattr(args, name) for name in names}
     if args.video:
-        options = VideoOptions(**chosen, text_encoder=args.text_encoder, tokens=args.tokens)
+        chosen |= {name: getattr(args, name) for name in _TEXT_ONLY if getattr(args, name) is not None}
+        options = VideoOptions(**chosen, text_encoder=args.text_encoder)
         return make_video_latents(
             args.source,
             out,
@@ -244,8 +249,9 @@ def _captions(args: argparse.Namespace) -> CaptionOptions | None:
     if args.text_encoder is None:
         return None
     chosen = {"tokens": args.tokens, "instruction": args.instruction, "file": args.captions}
-    if args.uncaptioned is not None:
-        chosen["uncaptioned"] = args.uncaptioned
+    for name in ("uncaptioned", "long_captions"):
+        if getattr(args, name) is not None:
+            chosen[name] = getattr(args, name)
     return CaptionOptions(args.text_encoder, key=args.caption_key, **chosen)
 
 
@@ -253,10 +259,12 @@ def _demand_fitting(args: argparse.Namespace) -> None:
     """Raise UserError for options of images with videos, and of captions without a text encoder."""
     given = {name for name, value in vars(args).items() if value is not None}
     if args.video:
-        foreign = [name for name in (*_IMAGES_ONLY, *_CAPTIONS_ONLY[1:]) if name in given]
+        foreign = [name for name in (*_IMAGES_ONLY, *_CAPTIONS_ONLY) if name in given]
         reason = "it is for images, and these are clips, whose size, splits and captions are kept"
     else:
-        foreign = [name for name in _CAPTIONS_ONLY if name in given and args.text_encoder is None]
+        foreign = [
+            name for name in (*_TEXT_ONLY, *_CAPTIONS_ONLY) if name in given and args.text_encoder is None
+        ]
         reason = "it is for captions: name their encoder with `text_encoder`, and add --video for videos"
     if foreign:
         # The other names of `moments` and `flip`.

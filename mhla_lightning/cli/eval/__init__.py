@@ -1,7 +1,7 @@
 """Evaluates trained models.
 
 Language runs with lm-evaluation-harness, sample files against real images, diffusion runs by a classifier,
-videos by VBench.
+videos by VBench, text-to-image runs by CLIP, GenEval and DPG-Bench.
 
   mhla eval fid --help
 """
@@ -10,10 +10,18 @@ from __future__ import annotations
 
 import argparse
 
-from mhla_lightning.cli.eval import fid, lm, samples, vbench
+from mhla_lightning.cli.eval import clip, dpg, fid, geneval, lm, samples, vbench
 from mhla_lightning.cli.output import check_json
 
-SUBJECTS = {"lm": lm, "fid": fid, "samples": samples, "vbench": vbench}
+SUBJECTS = {
+    "lm": lm,
+    "fid": fid,
+    "samples": samples,
+    "vbench": vbench,
+    "clip": clip,
+    "geneval": geneval,
+    "dpg": dpg,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,8 @@ HEADINGS = {
     "precision": "precision",
     "recall": "recall",
     "images_per_second": "images/s",
+    "clip_score": "CLIP score",
+    "dpg": "DPG-Bench, %",
 }
 
 

@@ -30,8 +30,8 @@ def sana_diffusers(trained: TrainedModel, model: nn.Module) -> Export:
     The tensors that MHLA adds are in the same file.
 
     Raises:
-        UserError: the model reads its text by another attention than SANA, lacks tensors of it, has a bias
-            in some layers only, or patches that are no squares.
+        UserError: another attention to the text than SANA's; tensors of SANA that the model lacks; a bias in
+            some layers only; patches that are no squares.
     """
     sana = cast(SanaDiT, model)
     check_text_attention(sana, "SANA")

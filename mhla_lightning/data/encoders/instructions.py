@@ -10,7 +10,7 @@ from mhla_lightning.errors import UserError, missing_extra, unknown_name
 
 
 def _sana() -> str:
-    """Return SANA's complex human instruction: the one that diffusers' SanaPipeline has by default."""
+    """Return SANA's complex human instruction, the default of diffusers' SanaPipeline."""
     try:
         from diffusers import SanaPipeline
     except ImportError as error:

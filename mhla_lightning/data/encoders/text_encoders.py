@@ -48,17 +48,30 @@ class TextEncoder(ABC):
 
     encoding: TextEncoding
 
-    def encode(self, texts: Sequence[str]) -> list[Tensor]:
+    def encode(self, texts: Sequence[str], cut: bool = False) -> list[Tensor]:
         """Return the features of each text, float32 (rows, channels), 1 <= rows <= tokens.
 
         They are on the CPU.
-        Raises UserError for a text with more rows.
+
+        Args:
+            texts: to encode.
+            cut: leave out the tokens that are too many.
+
+        Raises UserError for a text with more rows, which is not cut.
         """
-        return [self.rows(clean(text)) for text in texts]
+        return [self.rows(clean(text), cut) for text in texts]
+
+    def length(self, text: str) -> int:
+        """Return the rows that a text has, if they are not too many."""
+        return self.count(clean(text))
 
     @abstractmethod
-    def rows(self, text: str) -> Tensor:
+    def rows(self, text: str, cut: bool = False) -> Tensor:
         """Return the features of a cleaned text, float32 (rows, channels)."""
+
+    @abstractmethod
+    def count(self, text: str) -> int:
+        """Return the rows of a cleaned text."""
 
     def _demand_short(self, text: str, rows: int) -> None:
         if rows > self.encoding.tokens:
@@ -79,11 +92,16 @@ class Words(TextEncoder):
     def __init__(self, encoding: TextEncoding) -> None:
         self.encoding = encoding
 
-    def rows(self, text: str) -> Tensor:
+    def rows(self, text: str, cut: bool = False) -> Tensor:
         """Return one row for each word."""
-        words = re.findall(r"\w+", text.lower()) or [_EMPTY]
+        words = _words(text)
+        if cut:
+            words = words[: self.encoding.tokens]
         self._demand_short(text, len(words))
         return torch.from_numpy(np.stack([_word_vector(word, self.encoding.channels) for word in words]))
+
+    def count(self, text: str) -> int:
+        return len(_words(text))
 
 
 class TokenEncoder(TextEncoder):
@@ -93,15 +111,24 @@ class TokenEncoder(TextEncoder):
         self.encoding, self.model, self.tokenizer = encoding, model, tokenizer
 
     @torch.no_grad()
-    def rows(self, text: str) -> Tensor:
+    def rows(self, text: str, cut: bool = False) -> Tensor:
         """Return the last hidden state of all tokens."""
-        tokens = self._tokens(text)
+        tokens = self._tokens(text, self.encoding.tokens if cut else None)
         self._demand_short(text, tokens.shape[1])  # attention over a whole book would take all memory
         return self._hidden(tokens)
 
-    def _tokens(self, text: str) -> Tensor:
-        """Return the tokens of a text, special ones included, (1, rows)."""
-        return self.tokenizer(text, add_special_tokens=True, return_tensors="pt").input_ids
+    def count(self, text: str) -> int:
+        return self._tokens(text).shape[1]
+
+    def _tokens(self, text: str, most: int | None = None) -> Tensor:
+        """Return the tokens of a text, special ones included, (1, rows).
+
+        Args:
+            text: to encode.
+            most: rows, where the tokens that are too many are left out.
+        """
+        cut = {} if most is None else {"truncation": True, "max_length": most}
+        return self.tokenizer(text, add_special_tokens=True, return_tensors="pt", **cut).input_ids
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         """Return the last hidden state of tokens (1, rows), float32 (rows, channels) on the CPU."""
@@ -122,15 +149,32 @@ class Gemma2(TokenEncoder):
     """
 
     @torch.no_grad()
-    def rows(self, text: str) -> Tensor:
+    def rows(self, text: str, cut: bool = False) -> Tensor:
         text = text.lower()
-        if self.encoding.instruction is None or not text:
-            return super().rows(text)
-        before = instruction_text(self.encoding.instruction)
-        tokens, start = self._tokens(before + text), self._tokens(before).shape[1] - 1
+        if not self._instructed(text):
+            return super().rows(text, cut)
+        start = self._start()
+        tokens = self._tokens(self._before + text, start + self.encoding.tokens - 1 if cut else None)
         self._demand_short(text, 1 + tokens.shape[1] - start)
         hidden = self._hidden(tokens)
         return torch.cat([hidden[:1], hidden[start:]])
+
+    def count(self, text: str) -> int:
+        text = text.lower()
+        if not self._instructed(text):
+            return super().count(text)
+        return 1 + self._tokens(self._before + text).shape[1] - self._start()
+
+    def _instructed(self, text: str) -> bool:
+        return self.encoding.instruction is not None and bool(text)
+
+    @property
+    def _before(self) -> str:
+        return instruction_text(str(self.encoding.instruction))
+
+    def _start(self) -> int:
+        """Return the place of the instruction's last token."""
+        return self._tokens(self._before).shape[1] - 1
 
 
 @dataclass(frozen=True)
@@ -220,6 +264,10 @@ def load_text_encoder(
     if not isinstance(encoding, str):
         _demand_same(encoding, found.encoding)
     return found
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower()) or [_EMPTY]
 
 
 def pad_rows(features: Sequence[Tensor], tokens: int) -> Tensor:

@@ -33,7 +33,9 @@ class PretrainedModel:
 
 
 def open_config(name: str, address: str, types: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """Return the configuration of a text encoder, and its subfolder: empty or, in a pipeline, text_encoder.
+    """Return the configuration of a text encoder and its subfolder.
+
+    The subfolder is empty or, in a pipeline, text_encoder.
 
     Args:
         name: as the user gave it, for messages.
@@ -110,7 +112,10 @@ def open_weights(name: str, address: str, place: str, kind: PretrainedModel) -> 
 
 
 def open_tokenizer(name: str, address: str, place: str) -> Any:
-    """Return the tokenizer of a model. Arguments: see open_weights. Raises UserError without one."""
+    """Return the tokenizer of a model.
+
+    Arguments: see open_weights. Raises UserError without one.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import lightning.pytorch as pl
 import torch
@@ -105,6 +105,12 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
             raise UserError("batch_size", f"{self.batch_size} is too small; it must be at least 1")
         if self.epochs is not None and not self.epochs > 0:
             raise UserError("epochs", f"{self.epochs} is too small; it must be a number above 0")
+        if self.order.buckets is not None and not self.takes_buckets:
+            raise UserError(
+                "order.buckets",
+                f"{type(self).__name__} resizes nothing; only images have buckets, and sources of several "
+                "shapes are mixed by `order.mix_by` batch",
+            )
         labels = [source.label for source in self.sources]
         for source in self.sources:
             if not (math.isfinite(source.weight) and source.weight > 0):
@@ -114,6 +120,7 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
             if labels.count(source.label) > 1:
                 raise UserError("mix", f"two sources have the name {source.label}; each needs its own name")
 
+    takes_buckets: ClassVar[bool] = False  # whether samples can be brought to several sizes
     source: str | None = None  # the raw data that prepare_data packs into shards
 
     @property

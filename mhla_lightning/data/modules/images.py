@@ -44,13 +44,14 @@ class ImageDataModule(ShardDataModule):
 
     Args:
         path, mix, batch_size, micro_batch_size, epochs, order, reading: see :class:`ShardDataModule`.
-        image_size: height and width in pixels, one number or a pair.
+        image_size: height and width in pixels, one number or a pair. `order.buckets` trains at other sizes,
+            for which ratios of the augmentation are relative to the bucket's own ratio.
         augmentation: preprocessing of training and validation; None is the ImageNet recipe of DeiT.
         source: raw data that prepare_data packs into `path` when `path` holds no shards yet, e.g. mnist,
             fashion_mnist, a folder, torchvision:CIFAR10.
-        buckets: sizes of the training images, one for every optimizer step, see :class:`BucketConfig`; None
-            trains at image_size. Ratios of `augmentation` are then relative to the bucket's own.
     """
+
+    takes_buckets = True
 
     def __init__(
         self,
@@ -64,22 +65,17 @@ class ImageDataModule(ShardDataModule):
         mix: list[DataSource] | None = None,
         order: OrderConfig = ORDER,
         reading: ReadingConfig = READING,
-        buckets: BucketConfig | None = None,
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
         super().__init__(path, mix, batch_size, micro_batch_size, epochs, order, reading)
         self._take_source(source, path)
         self.image_size, self.augmentation = image_hw(image_size), augmentation or Augmentation()
         Images(1, self.image_size, self.augmentation)  # refuses an unknown policy before training
-        self.buckets = buckets
+        self.buckets = order.buckets
         self._parts_made: dict[str, list[_Part]] = {}
-        if buckets is not None and order.mix_by == "batch":
-            raise UserError(
-                "order.mix_by", "every step has one bucket anyway, and may mix sources; write sample"
-            )
         if self._by_aspect and any("://" in source.path for source in self.sources):
             raise UserError(
-                "buckets.assign",
+                "order.buckets.assign",
                 "aspect reads the header of every image, so the shards must be on this machine",
             )
 
@@ -98,7 +94,7 @@ class ImageDataModule(ShardDataModule):
                         keep_image_sizes(split, Path(source.path, name))
 
     def _parts(self, name: str) -> list[_Part]:
-        """Return what belongs to every bucket of every source. Raises UserError for a bucket of too few."""
+        """Return what belongs to every bucket of every source."""
         assert self.buckets is not None
         if name not in self._parts_made:
             found: list[_Part] = []
@@ -134,15 +130,18 @@ class ImageDataModule(ShardDataModule):
             except UserError as error:
                 counts = ", ".join(f"{part.source.label}: {part.split.samples}" for part in parts)
                 raise UserError(
-                    "buckets.sizes", f"{error.reason}; images by bucket: {counts}; leave out those of too few"
+                    "order.buckets.sizes",
+                    f"{error.reason}; images by bucket: {counts}; leave out those of too few",
                 ) from error
         return super().corpus
 
     def _kinds(self, name: str) -> tuple[Kind, ...]:
         if self.buckets is None or not (name == "train" or self._by_aspect):
             return super()._kinds(name)
-        classes = len(self.index().classes)
-        kinds = {size: Images(classes, size, self._stretched(size), self.seed) for size in self.buckets.pairs}
+        plain = self.kind(self.index())
+        kinds = {
+            size: replace(plain, size=size, augmentation=self._stretched(size)) for size in self.buckets.pairs
+        }
         return tuple(kinds[part.size] for part in self._parts(name))
 
     def _stretched(self, size: tuple[int, int]) -> Augmentation:
@@ -158,14 +157,14 @@ class ImageDataModule(ShardDataModule):
         )
 
     def _eval_stream(self, name: str) -> EvalStream | EvalPasses:
-        """Return the pass at image_size, and one at every further size that the model is evaluated at."""
+        """Return the pass at image_size, and one at every further size of the model."""
         first = super()._eval_stream(name)
         module = None if self.trainer is None or self.trainer.predicting else self.trainer.lightning_module
         sizes = module.eval_sizes if isinstance(module, EvaluatesSizes) else ()
         if not sizes or not isinstance(first, EvalStream):
             return first
-        classes, corpus = len(self.index(name).classes), super()._eval_corpus(name)
-        kinds = [Images(classes, image_hw(size), self.augmentation, self.seed) for size in sizes]
+        plain, corpus = self.kind(self.index(name)), super()._eval_corpus(name)
+        kinds = [replace(plain, size=image_hw(size)) for size in sizes]
         more = [replace(first, corpus=corpus, kind=kind, kinds=()) for kind in kinds]
         return EvalPasses([first, *more])
 
@@ -246,9 +245,9 @@ class ImageDataModule(ShardDataModule):
     def facts(self) -> dict[str, Any]:
         """Return the kind, the number of classes, and (height, width) of the images."""
         facts = {"kind": "images", "classes": self.num_classes, "image_size": self.image_size}
-        return facts if self.buckets is None else {**facts, "sizes": self._shares()}
+        return facts if self.buckets is None else {**facts, "sizes": self.shares()}
 
-    def _shares(self) -> dict[tuple[int, int], float]:
+    def shares(self) -> dict[tuple[int, int], float]:
         """Return the share of the training samples of every size that has some."""
         parts = self._parts("train")
         total, shares = sum(part.source.weight for part in parts), dict[tuple[int, int], float]()

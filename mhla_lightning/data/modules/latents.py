@@ -246,14 +246,26 @@ class LatentDataModule(TextConditioned, ShardDataModule):
         return torch.from_numpy(array).float()
 
     def facts(self) -> dict[str, Any]:
-        """Return the kind, VAE, classes, (tokens, channels) of the text, and all shapes of latents."""
+        """Return the kind, VAE, classes, (tokens, channels) of the text, and all shapes of latents.
+
+        Where latents of images have several sizes, also `sizes`: the share of the training samples of each.
+        """
         splits = [split for name in SPLITS for split in self.splits(name)]
         shapes = list(dict.fromkeys(split.index.vae.shape for split in splits if split.index.vae is not None))
         kind = "video_latents" if self.video else "latents"
-        return {
+        facts = {
             "kind": kind,
             "vae": self.vae,
             "classes": len(self.index().classes),
             "text": self._text_shape,
             "shapes": shapes,
         }
+        return facts if self.video or len(shapes) < 2 else {**facts, "sizes": self._shares()}
+
+    def _shares(self) -> dict[tuple[int, ...], float]:
+        """Return the share of the training samples of every size."""
+        total, shares = sum(source.weight for source in self.sources), dict[tuple[int, ...], float]()
+        for source, split in zip(self.sources, self.splits("train"), strict=True):
+            size = split.index.vae.shape[1:] if split.index.vae is not None else self.vae.shape[1:]
+            shares[size] = shares.get(size, 0.0) + source.weight / total
+        return shares

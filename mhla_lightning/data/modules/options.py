@@ -17,6 +17,42 @@ from mhla_lightning.errors import UserError, unknown_name
 MixBy = Literal["sample", "batch"]
 
 
+Assign = Literal["all", "aspect"]
+
+
+@dataclass(frozen=True)
+class BucketConfig:
+    """Sizes of training images; all images of an optimizer step have one of them.
+
+    Args:
+        sizes: in pixels, numbers or [height, width]; every one is a bucket.
+        assign: `all` brings every image in every size, and the sizes equally often. `aspect` brings an image
+            in the size of the nearest ratio of sides only, and the sizes as often as they have images.
+    """
+
+    sizes: Sequence[int | Sequence[int]]
+    assign: Assign = "all"
+
+    def __post_init__(self) -> None:
+        """Raise UserError for no size, a size twice, or another way to assign."""
+        if self.assign not in get_args(Assign):
+            raise UserError("order.buckets.assign", unknown_name("value", self.assign, get_args(Assign)))
+        if not self.sizes:
+            raise UserError(
+                "order.buckets.sizes",
+                "the list is empty; give at least one size, or leave `order.buckets` out",
+            )
+        if len(set(self.pairs)) < len(self.sizes):
+            raise UserError(
+                "order.buckets.sizes", f"{list(self.sizes)} has a size twice; every size is one bucket"
+            )
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every size."""
+        return tuple(image_hw(size, "order.buckets.sizes") for size in self.sizes)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class OrderConfig:
     """The order in which training reads its samples; part of every checkpoint.
@@ -28,18 +64,24 @@ class OrderConfig:
         window: samples; the largest distance over which samples are mixed inside a lane.
         mix_by: with several sources, whether each `sample` or each `batch` of an optimizer step is drawn
             from one source. With `batch`, the sources may differ in the shape of their samples.
+        buckets: sizes of training images, one for every optimizer step; None trains at `image_size`.
     """
 
     seed: int | None = None
     lanes: int = LANES
     window: int = WINDOW
     mix_by: MixBy = "sample"
+    buckets: BucketConfig | None = None
 
     def __post_init__(self) -> None:
         """Raise UserError for a value outside its range."""
         _demand_least("order", {"lanes": (self.lanes, 1), "window": (self.window, 1)})
         if self.mix_by not in get_args(MixBy):
             raise UserError("order.mix_by", unknown_name("value", self.mix_by, get_args(MixBy)))
+        if self.buckets is not None and self.mix_by == "batch":
+            raise UserError(
+                "order.mix_by", "with `order.buckets` every step has one source anyway; write sample"
+            )
 
 
 @dataclass(frozen=True)
@@ -119,39 +161,6 @@ class ClipConfig:
         """Raise UserError for a flip that is no probability."""
         if not 0 <= self.flip <= 1:
             raise UserError("clips.flip", f"{self.flip} is no probability; it must be from 0 to 1")
-
-
-Assign = Literal["all", "aspect"]
-
-
-@dataclass(frozen=True)
-class BucketConfig:
-    """Sizes of training images; all images of an optimizer step have one of them.
-
-    Args:
-        sizes: in pixels, numbers or [height, width]; every one is a bucket.
-        assign: `all` brings every image in every size, and the sizes equally often. `aspect` brings an image
-            in the size of the nearest ratio of sides only, and the sizes as often as they have images.
-    """
-
-    sizes: Sequence[int | Sequence[int]]
-    assign: Assign = "all"
-
-    def __post_init__(self) -> None:
-        """Raise UserError for no size, a size twice, or another way to assign."""
-        if self.assign not in get_args(Assign):
-            raise UserError("buckets.assign", unknown_name("value", self.assign, get_args(Assign)))
-        if not self.sizes:
-            raise UserError(
-                "buckets.sizes", "the list is empty; give at least one size, or leave out `buckets`"
-            )
-        if len(set(self.pairs)) < len(self.sizes):
-            raise UserError("buckets.sizes", f"{list(self.sizes)} has a size twice; every size is one bucket")
-
-    @property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) of every size."""
-        return tuple(image_hw(size, "buckets.sizes") for size in self.sizes)  # type: ignore[arg-type]
 
 
 def _demand_least(section: str, values: dict[str, tuple[int, int]]) -> None:

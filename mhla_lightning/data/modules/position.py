@@ -10,7 +10,7 @@ from mhla_lightning.errors import UserError
 # The key of a position in a checkpoint -> the argument that gives it.
 _ARGUMENTS = {
     "format": None,
-    "buckets": "buckets",
+    "buckets": "order.buckets",
     "seed": "order.seed",
     "lanes": "order.lanes",
     "window": "order.window",

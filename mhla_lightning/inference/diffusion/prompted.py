@@ -1,4 +1,7 @@
-"""Jobs that draw prompts, images or videos: settings, text features, and the batches that a folder lacks."""
+"""Jobs that draw images or videos of prompts.
+
+Here are their settings, their text features, and the drawing of the batches that a folder lacks.
+"""
 
 from __future__ import annotations
 
@@ -98,8 +101,8 @@ class PromptedJob(ABC):
         return json.loads(json.dumps(given))
 
 
-class Opened(NamedTuple):
-    """What a process needs to open the run of a job by itself.
+class JobPlace(NamedTuple):
+    """Where a process finds the run of a job and the folder of its samples.
 
     Attributes:
         run, checkpoint: folders.
@@ -144,7 +147,7 @@ def draw_prompted(
     job: PromptedJob,
     folder: Path,
     kind: str,
-    make: Callable[[Opened, torch.device], Draw],
+    make: Callable[[JobPlace, torch.device], Draw],
     processes: int,
     device: torch.device,
     on_batch: Callable[[int], Any],
@@ -179,6 +182,6 @@ def draw_prompted(
     work = batches(len(job.texts), job.batch_size)
     missing = [batch for batch in work if read_npy(part_file(folder, batch)) is None]
     on_batch(len(job.texts) - sum(map(len, missing)))
-    opened = Opened(str(found.run.path), str(found.checkpoint), found.averaged, job.texts, folder)
+    opened = JobPlace(str(found.run.path), str(found.checkpoint), found.averaged, job.texts, folder)
     draw_parts(partial(make, opened), missing, processes, device, on_batch)
     return work

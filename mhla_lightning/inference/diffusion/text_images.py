@@ -21,7 +21,7 @@ from mhla_lightning.diffusion.drawing import Key, draw_samples
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.diffusion.drawing import check_guided_channels
 from mhla_lightning.inference.diffusion.parts import Draw, drawn_part, part_file, write_npy
-from mhla_lightning.inference.diffusion.prompted import Opened, PromptedJob, draw_prompted
+from mhla_lightning.inference.diffusion.prompted import JobPlace, PromptedJob, draw_prompted
 from mhla_lightning.inference.diffusion.prompts import Prompt
 from mhla_lightning.inference.diffusion.video_files import file_name
 from mhla_lightning.inference.rebuilding import load_backbone, open_run
@@ -171,7 +171,7 @@ def draw_text_images(
     return images
 
 
-def _open(shape: tuple[int, ...], drawing: TextDrawing, job: Opened, device: torch.device) -> Draw:
+def _open(shape: tuple[int, ...], drawing: TextDrawing, job: JobPlace, device: torch.device) -> Draw:
     found = find_text_image_run(job.run, ckpt=job.checkpoint, ema=job.averaged)
     task = load_backbone(found.task, found.weights, device)
     features = job.features(found.data.text_encoder)

@@ -13,7 +13,7 @@ import torch
 
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.diffusion.parts import Draw, drawn_part, part_file, write_npy
-from mhla_lightning.inference.diffusion.prompted import Opened, PromptedJob, draw_prompted
+from mhla_lightning.inference.diffusion.prompted import JobPlace, PromptedJob, draw_prompted
 from mhla_lightning.inference.diffusion.prompts import Prompt
 from mhla_lightning.inference.diffusion.video_files import (
     file_name,
@@ -131,7 +131,7 @@ def _files(folder: Path, videos: range, texts: Sequence[str]) -> list[Path]:
     return [folder / file_name(video, texts[video]) for video in videos]
 
 
-def _open(drawing: VideoDrawing, rate: float, job: Opened, device: torch.device) -> Draw:
+def _open(drawing: VideoDrawing, rate: float, job: JobPlace, device: torch.device) -> Draw:
     found = find_video_run(job.run, ckpt=job.checkpoint, ema=job.averaged)
     task, features = load_video_task(found, device), job.features(found.data.text_encoder)
 

@@ -12,6 +12,7 @@ from mhla_lightning.data.index import INDEX_NAME, SPLITS, ShardIndex, read_index
 from mhla_lightning.data.members import IMAGE_EXTENSIONS, image_extension
 from mhla_lightning.data.pixels import FILE_FORMATS, BadImage, decode
 from mhla_lightning.data.prepare.caption_files import CAPTION, CaptionFiles, read_caption_list
+from mhla_lightning.data.prepare.latents.captions import check_text_options
 from mhla_lightning.data.prepare.latents.images import ShardPart, is_packed
 from mhla_lightning.data.prepare.latents.shard_captions import TEXT, caption_in, shard_texts
 from mhla_lightning.data.prepare.pack import PackOptions, PlannedSplit, fingerprint_of, plan
@@ -43,6 +44,7 @@ class CaptionOptions:
         key: of a caption in the list, or in the member json of a packed sample. None is `caption`, and
             prefers the member txt.
         uncaptioned: refuse or skip images without a caption.
+        long_captions: refuse or cut captions with more tokens.
     """
 
     text_encoder: str
@@ -51,11 +53,11 @@ class CaptionOptions:
     file: str | Path | None = None
     key: str | None = None
     uncaptioned: str = "refuse"
+    long_captions: str = "refuse"
 
     def __post_init__(self) -> None:
         """Raise UserError for a value outside its range."""
-        if self.tokens is not None and self.tokens < 1:
-            raise UserError("tokens", f"got {self.tokens}; it must be at least 1")
+        check_text_options(self.tokens, self.long_captions)
         if self.uncaptioned not in UNCAPTIONED:
             raise UserError("uncaptioned", unknown_name("choice", self.uncaptioned, UNCAPTIONED))
         if self.file is not None and not is_json(self.file):
@@ -67,7 +69,7 @@ class CaptionOptions:
 
 
 @dataclass
-class Survey:
+class CaptionSurvey:
     """What a pass over the captions of a source finds.
 
     Args:
@@ -123,7 +125,7 @@ class CaptionedSource(ABC):
     origin: str
 
     @abstractmethod
-    def survey(self, options: CaptionOptions) -> Survey:
+    def survey(self, options: CaptionOptions) -> CaptionSurvey:
         """Find the captions of all images. Raises DataError for one that is missing or no text."""
 
 
@@ -165,7 +167,7 @@ class CaptionedFolder(CaptionedSource):
         if captions.file is not None or listed.is_file():
             key = captions.key or CAPTION
             self._captions = CaptionFiles(folder, read_caption_list(listed, key), listed)
-            self.origin, beside = str(listed), [listed]
+            self.origin, texts = str(listed), files_fingerprint(listed.parent, [listed])
         elif captions.key is not None:
             raise UserError(
                 "caption_key",
@@ -175,31 +177,30 @@ class CaptionedFolder(CaptionedSource):
         else:
             self._captions = CaptionFiles(folder)
             self.origin = f"NAME.txt beside each image of {folder}"
-            beside = [p.with_suffix(".txt") for p in self._all() if p.with_suffix(".txt").is_file()]
-        inside = [path for path in beside if path.is_relative_to(folder)]
-        outside = [path.read_bytes().hex() for path in beside if path not in inside]
-        self.fingerprint = fingerprint_of(files_fingerprint(folder, [*self._all(), *inside]), *outside)
+            beside = [path.with_suffix(".txt") for path in self._all()]
+            texts = files_fingerprint(folder, (path for path in beside if path.is_file()))
+        self.fingerprint = fingerprint_of(files_fingerprint(folder, self._all()), texts)
         self.names = tuple(
             name for name in SPLITS if name in self._files or (name == "val" and "train" in self._files)
         )
 
-    def survey(self, options: CaptionOptions) -> Survey:
-        found = Survey()
+    def survey(self, options: CaptionOptions) -> CaptionSurvey:
+        found, others = CaptionSurvey(), self._others()
         parts: dict[str, SourcePart] = {}
         for split, files in self._files.items():
             pairs = []
             for path in files:
                 caption, missing = self._captions.find(path)
-                if found.keep(split, _name(path, self._root), caption, f"{missing}{self._others()}", options):
+                if found.keep(split, _name(path, self._root), caption, missing + others, options):
                     pairs.append((path, caption))
             if not pairs:
-                raise DataError(str(self._root), f"no image of {split} has a caption{self._others()}")
+                raise DataError(str(self._root), f"no image of {split} has a caption{others}")
             parts[split] = CaptionedFiles(self._root, pairs)
         found.splits = plan(SampleSource(_HEADER, parts, self.fingerprint), self._options)
         return found
 
     def _by_split(self) -> dict[str, list[Path]]:
-        """Return the images of the folders train, val and test or, without a folder train, all as train."""
+        """Return the images of the folders train, val and test, or all as train."""
         root = self._root
         folders = {"train": root}
         if (root / "train").is_dir():
@@ -301,8 +302,8 @@ class CaptionedShards(CaptionedSource):
         self.origin = f"members of the shards of {source}"
         self.fingerprint = " ".join(f"{name} {split.index.hash}" for name, split in self._splits.items())
 
-    def survey(self, options: CaptionOptions) -> Survey:
-        found = Survey()
+    def survey(self, options: CaptionOptions) -> CaptionSurvey:
+        found = CaptionSurvey()
         for name, split in self._splits.items():
             positions = []
             for position, (sample, members) in enumerate(shard_texts(split, name)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,10 +17,11 @@ from mhla_lightning.data.encoders.text_encoders import TextEncoder, load_text_en
 from mhla_lightning.data.index import ShardIndex, TextEncoding
 from mhla_lightning.data.prepare.latents.devices import DTYPES, own_device, release_devices
 from mhla_lightning.data.prepare.parallel import run_jobs
-from mhla_lightning.data.prepare.replacing import Building, sync
+from mhla_lightning.data.prepare.replacing import Building, Note, sync
 from mhla_lightning.data.prepare.samples import npy_bytes
-from mhla_lightning.errors import DataError, UserError
+from mhla_lightning.errors import DataError, UserError, unknown_name
 
+LONG = ("refuse", "cut")  # what to do with captions that are too long
 _TOGETHER = 32  # captions of a job
 _WORDS_OF_A_CAPTION = 64  # a guess, for the size of shards
 
@@ -64,7 +65,9 @@ class CaptionFeatures:
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """Features of all captions of a target, and of the empty text, which replaces a dropped caption.
+    """Features of all captions of a target, and of the empty text.
+
+    The empty text replaces a caption that training drops.
 
     Args:
         features: of the captions.
@@ -78,6 +81,14 @@ class EncodedTexts:
         """Return an index that names these features of the empty text."""
         assert header.text is not None
         return replace(header, text=replace(header.text, empty=hashlib.sha256(self.empty).hexdigest()))
+
+
+def check_text_options(tokens: int | None, long_captions: str) -> None:
+    """Raise UserError for a number of tokens below 1, or a name that is not in LONG."""
+    if tokens is not None and tokens < 1:
+        raise UserError("tokens", f"got {tokens}; it must be at least 1")
+    if long_captions not in LONG:
+        raise UserError("long_captions", unknown_name("choice", long_captions, LONG))
 
 
 def describe_text(name: str, tokens: int | None, dtype: str, instruction: str | None = None) -> TextEncoding:
@@ -113,6 +124,7 @@ class CaptionJob(NamedTuple):
         building: of the target.
         features: that are kept.
         encoding: which text encoder, and how many tokens.
+        cut: leave out the tokens that are too many.
         dtype: of devices.DTYPES.
         devices: see devices.find_devices.
         captions: (sample that the caption was first found at, caption).
@@ -121,6 +133,7 @@ class CaptionJob(NamedTuple):
     building: Building
     features: CaptionFeatures
     encoding: TextEncoding
+    cut: bool
     dtype: str
     devices: tuple[str, ...]
     captions: list[tuple[str, str]]
@@ -130,9 +143,11 @@ def encode_captions(
     building: Building,
     captions: Mapping[str, str],
     encoding: TextEncoding,
+    cut: bool,
     dtype: str,
     devices: tuple[str, ...],
     on_captions: Callable[[int, int], None],
+    on_note: Note,
 ) -> EncodedTexts:
     """Encode the captions that were not encoded before, and the empty text.
 
@@ -140,9 +155,11 @@ def encode_captions(
         building: of the target.
         captions: caption -> the sample that it was first found at.
         encoding: which text encoder, and how many tokens.
+        cut: leave out the tokens that are too many.
         dtype: of devices.DTYPES.
         devices: see devices.find_devices.
         on_captions: called with the number of captions done, and of all.
+        on_note: called with a remark on captions that are cut.
 
     Raises:
         DataError: a text that is too long; the key names the sample.
@@ -151,10 +168,13 @@ def encode_captions(
     captions = {"": "of the empty text", **captions}
     missing = [(sample, text) for text, sample in captions.items() if not features.holds(text)]
     done = len(captions) - len(missing)
+    if missing:
+        _check_lengths(missing, load_text_encoder(encoding, dtype=DTYPES[dtype]), cut, on_note)
 
     def jobs() -> Iterator[CaptionJob]:
         for start in range(0, len(missing), _TOGETHER):
-            yield CaptionJob(building, features, encoding, dtype, devices, missing[start : start + _TOGETHER])
+            part = missing[start : start + _TOGETHER]
+            yield CaptionJob(building, features, encoding, cut, dtype, devices, part)
 
     on_captions(done, len(captions))
     try:
@@ -168,11 +188,35 @@ def encode_captions(
     return EncodedTexts(features, features.path("").read_bytes())
 
 
+def _check_lengths(
+    captions: Sequence[tuple[str, str]], encoder: TextEncoder, cut: bool, on_note: Note
+) -> None:
+    """Find captions that are too long, before the first is encoded.
+
+    Raises:
+        DataError: there are some, and they are not cut; the key names the first sample.
+    """
+    most, name = encoder.encoding.tokens, encoder.encoding.name
+    lengths = [(sample, encoder.length(text)) for sample, text in captions if text]
+    long = [(sample, length) for sample, length in lengths if length > most]
+    if not long:
+        return
+    sample, length = long[0]
+    count = f"{len(long)} of {len(lengths)} captions have more than the {most} tokens that {name} takes"
+    if not cut:
+        raise DataError(
+            f"sample {sample}",
+            f"its caption has {length} tokens, and {count}: shorten them, raise `tokens`, or cut them with "
+            "`long_captions`",
+        )
+    on_note(f"{count}, and are cut; the first is of {sample}, with {length}")
+
+
 def _encode(job: CaptionJob) -> int:
     encoder = _opened(job.encoding, own_device(job.building.folder, job.devices), job.dtype)
     for sample, text in job.captions:
         try:
-            (rows,) = encoder.encode([text])
+            (rows,) = encoder.encode([text], job.cut)
         except UserError as error:
             raise DataError(f"sample {sample}", error.reason) from error
         with np.errstate(over="ignore"):

@@ -14,7 +14,7 @@ from typing import Any
 
 from mhla_lightning.data.encoders.vaes import Autoencoder, load_vae
 from mhla_lightning.data.index import SPLITS, VAE, ShardIndex
-from mhla_lightning.data.prepare.latents.captioned import CaptionOptions, Survey, open_captioned
+from mhla_lightning.data.prepare.latents.captioned import CaptionOptions, CaptionSurvey, open_captioned
 from mhla_lightning.data.prepare.latents.captions import (
     EncodedTexts,
     describe_text,
@@ -197,7 +197,7 @@ class _CaptionedWork:
         )
         self.header = ShardIndex("latents", (), vae=vae, text=self.text)
         self.note = on_note or (lambda _: None)
-        self.found = Survey()
+        self.found = CaptionSurvey()
 
     def plan(self) -> LatentPlan:
         return LatentPlan(
@@ -210,6 +210,7 @@ class _CaptionedWork:
             self.options.max_skipped_share,
             self._captions,
             self._targets,
+            self.chosen.long_captions == "cut",
         )
 
     def _captions(self) -> Mapping[str, str]:
@@ -284,6 +285,7 @@ def _settings(
     packages = ["torch", "diffusers"]
     if header.text is not None and options.text is not None:
         facts |= {f"text {key}": value for key, value in header.text.facts().items()}
-        facts |= {"caption_key": options.text.key, "uncaptioned": options.text.uncaptioned}
+        names = ("key", "uncaptioned", "long_captions")
+        facts |= {f"text {name}": getattr(options.text, name) for name in names}
         packages += text_packages(header.text)
     return settings_of(facts, dtype, device, packages)

@@ -22,6 +22,7 @@ from mhla_lightning.data.kinds.clips import Clips
 from mhla_lightning.data.prepare.latents.captions import (
     CaptionFeatures,
     EncodedTexts,
+    check_text_options,
     describe_text,
     text_bytes,
     text_packages,
@@ -65,6 +66,7 @@ class VideoOptions:
         dtype: see devices.find_dtype; for both models.
         shards: number of training shards of a bucket.
         max_skipped_share: of clips that cannot be read or encoded; more of them end the work.
+        long_captions: refuse or cut captions with more tokens.
     """
 
     vae: str
@@ -76,11 +78,11 @@ class VideoOptions:
     dtype: str | None = None
     shards: int | None = None
     max_skipped_share: float = 0.01
+    long_captions: str = "refuse"
 
     def __post_init__(self) -> None:
         """Raise UserError for a value outside its range."""
-        if self.tokens is not None and self.tokens < 1:
-            raise UserError("tokens", f"got {self.tokens}; it must be at least 1")
+        check_text_options(self.tokens, self.long_captions)
         if not 0 <= self.max_skipped_share <= 1:
             raise UserError("max_skipped_share", f"got {self.max_skipped_share}; it must be from 0 to 1")
         PackOptions(shards=self.shards)
@@ -236,6 +238,7 @@ def make_video_latents(
         options.max_skipped_share,
         partial(_captions, clips),
         targets,
+        options.long_captions == "cut",
     )
     return make_planned(target, plan, overwrite, wait, on_progress, on_note)
 
@@ -271,6 +274,8 @@ def _settings(
     assert header.text is not None
     text = {f"text {key}": value for key, value in header.text.facts().items()}
     facts = {"vae": header.vae.name, "sha256": header.vae.sha256, **text, "shards": options.shards}
+    if options.long_captions != "refuse":  # else the facts are those of versions that knew no choice
+        facts |= {"text long_captions": options.long_captions}
     facts |= {"clips": [f"{split.name} {split.clip} {split.split.index.hash}" for split in clips]}
     packages = ["torch", "diffusers", *text_packages(header.text)]
     return settings_of(facts, dtype, device, packages)

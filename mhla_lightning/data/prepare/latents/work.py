@@ -179,6 +179,7 @@ class LatentPlan:
         limit: share of samples that may be left out.
         captions: returns all captions, each with the sample that it was first found at; None without text.
         targets: returns the splits to make, given the encoded captions.
+        cut: leave out the tokens of a caption that are too many.
     """
 
     what: str
@@ -190,6 +191,7 @@ class LatentPlan:
     limit: float
     captions: Callable[[], Mapping[str, str]] | None
     targets: Callable[[EncodedTexts | None], Sequence[LatentTarget]]
+    cut: bool = False
 
 
 def make_planned(
@@ -227,9 +229,11 @@ def make_planned(
                 building,
                 plan.captions(),
                 text,
+                plan.cut,
                 plan.dtype,
                 plan.devices,
                 lambda done, total: progress("captions", done, total),
+                note,
             )
         report = LatentWork(building, plan.targets(texts), plan.what, plan.limit, progress).run(note)
         if texts is not None:

@@ -1,7 +1,7 @@
-"""Pictures of one digit in a quadrant, each with a sentence that describes it: made from MNIST.
+"""Pictures of one digit of MNIST in a quadrant, each with a sentence about it.
 
-The same shards train a text-to-image model and the classifier that judges what it draws: the label names
-the digit and the quadrant, the caption says the same in varied words.
+The same shards train a text-to-image model and the classifier that judges what it draws. The label names
+the digit and the quadrant; the caption says the same in varied words.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from mhla_lightning.data.prepare.sources.mnist import mnist_digits
 from mhla_lightning.randomness import generator
 
 NAME = "digit_scenes"
-SIDE = 32  # pixels of a picture
+SIDE = 24  # pixels of a picture
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLACES = ("upper left", "upper right", "lower left", "lower right")
 CLASSES = tuple(f"{digit} in the {place}" for digit in range(10) for place in PLACES)
+COLOURS = ((110, 0, 0), (0, 90, 0), (0, 0, 140), (80, 70, 0))  # of the quadrants: dark under a white digit
 _HELD_OUT = 5  # every fifth digit of a class is in pictures of val alone
-_SIZES = (11, 14)  # pixels of a digit's longer side, from and to
+_SIZES = (9, 11)  # pixels of a digit's longer side, from and to
 _WORDINGS = (
     "{a} {digit} in the {place}",
     "{a} {digit} in the {place} corner",
     "the digit {digit} at the {place}",
-    "in the {place} there is {a} {digit}",
-    "a picture with {a} {digit} at the {place}",
+    "in the {place} {a} {digit}",
+    "at the {place} the digit {digit}",
     "{digit}, {place}",
 )
 _VERSION = 1  # of the rule; another one makes other pictures or sentences
 
 
 def open_digit_scenes() -> SampleSource:
-    """Open grayscale pictures of 32 x 32 with captions: 16,000 to train, 1,000 to validate.
+    """Open pictures of 24 x 24 with captions: 16,000 to train, 1,000 to validate.
 
     In train every digit is once in each quadrant; val has other digits, each in one quadrant. A picture
     depends on its split and number alone.
@@ -65,7 +66,7 @@ def open_digit_scenes() -> SampleSource:
 
 
 def draw_scene(digit: np.ndarray, place: int, rng: np.random.Generator) -> Image.Image:
-    """Draw a digit into a quadrant, at a random size and position that leave a pixel of margin.
+    """Draw a digit into the middle of a quadrant, at a random size and about a pixel off.
 
     Args:
         digit: uint8 (H, W), with ink.
@@ -73,17 +74,20 @@ def draw_scene(digit: np.ndarray, place: int, rng: np.random.Generator) -> Image
         rng: of the size and the position.
 
     Returns:
-        grayscale of SIDE x SIDE pixels.
+        RGB of SIDE x SIDE pixels: white ink, and each quadrant in its own colour.
     """
     ink = Image.fromarray(digit)
     ink = ink.crop(ink.getbbox())
     scale = int(rng.integers(_SIZES[0], _SIZES[1] + 1)) / max(ink.size)
     width, height = (max(1, round(side * scale)) for side in ink.size)
-    room = SIDE // 2 - 2
-    left, top = 1 + int(rng.integers(room - width + 1)), 1 + int(rng.integers(room - height + 1))
-    scene = Image.new("L", (SIDE, SIDE))
-    corner = left + SIDE // 2 * (place % 2), top + SIDE // 2 * (place // 2)
-    scene.paste(ink.resize((width, height), Image.Resampling.BILINEAR), corner)
+    half = SIDE // 2
+    left, top = ((half - side) // 2 + int(rng.integers(2)) for side in (width, height))
+    corners = [(half * (number % 2), half * (number // 2)) for number in range(len(PLACES))]
+    scene = Image.new("RGB", (SIDE, SIDE))
+    for (column, row), colour in zip(corners, COLOURS, strict=True):
+        scene.paste(colour, (column, row, column + half, row + half))
+    mask = ink.resize((width, height), Image.Resampling.BILINEAR)
+    scene.paste((255, 255, 255), (corners[place][0] + left, corners[place][1] + top), mask)
     return scene
 
 
