@@ -371,7 +371,7 @@ class CausalLM(nn.Module):
             layer.attn.attention.fix_state(own.operator, tokens)
 
     def host_needed(self, state: ModelState) -> str | None:
-        """Return why steps after this state need the host; None where they do not, see `CausalAttention`."""
+        """Return why steps after this state need the host; None where they do not."""
         for number, (layer, own) in enumerate(zip(self._layers(), state.layers, strict=True)):
             if reason := layer.attn.attention.host_needed(own.operator):
                 return f"layer {number} ({layer.attn.entry['name']}): {reason}"

@@ -65,7 +65,10 @@ class DecodePoint:
 def build_model(
     attention: str | Mapping[str, Any], shape: Mapping[str, Any], device: torch.device
 ) -> CausalLM:
-    """lm_340m with other sizes where `shape` names them, random weights, bf16 on a GPU, else float32."""
+    """Return lm_340m of other sizes where `shape` names them, with random weights.
+
+    It is in bf16 on a GPU, else in float32.
+    """
     model = build_backbone("lm_340m", attention=attention, **shape)
     assert isinstance(model, CausalLM)
     return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
@@ -223,7 +226,7 @@ def _timed_step(
 def _as_graph(
     model: CausalLM, state: ModelState, position: int, device: torch.device
 ) -> tuple[str, float | None]:
-    """Return how one token after `state`, its choice included, runs as a CUDA graph, and its seconds."""
+    """Return how a token after `state` and its choice run as a CUDA graph, and the seconds."""
     clock, batch = GpuClock(device), len(state.positions)
     most = position + _GRAPH_TOKENS
     held = copy.deepcopy(state)

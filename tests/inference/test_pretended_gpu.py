@@ -98,7 +98,9 @@ def test_a_token_is_one_kernel_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     with torch.no_grad(), pretended_gpu(monkeypatch) as record:
         model: Any = model_of("lm_tiny", layers, {**LM, "depth": len(layers)}).to("cuda", torch.bfloat16)
-        _, state = model.prefill(torch.ones(2, 3, dtype=torch.int64).to("cuda"))
+        with recorded() as launches:
+            _, state = model.prefill(torch.ones(2, 3, dtype=torch.int64).to("cuda"))
+        assert "causal_forward_kernel" in {launch.name for launch in launches}
         token = torch.ones(2, dtype=torch.int64).to("cuda")
         for number in range(9):
             record.phase = "token" if number else ""  # the first token moves the positions to the device

@@ -211,7 +211,7 @@ class CausalMHLA(base.CausalAttention):
         return triton_causal_mhla(q, k, v, terms, rule.chunk_size, offset=self.offset, eps=eps)
 
     def _terms(self, q: Tensor, context: Context) -> tuple[CausalTerms, Tensor, Tensor | None]:
-        """Return what the kernels read beside q, k and v, and the mixing and decay that it is made of."""
+        """Return what the kernels read beside q, k and v; then the mixing and the decay of it."""
         from mhla_lightning.attention.mhla.triton.terms import causal_terms
 
         with base.full_precision(q):

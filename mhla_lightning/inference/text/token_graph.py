@@ -1,9 +1,9 @@
 """One more token of every sequence, from the model to the choice, without the host.
 
 The launches of a small token take longer than its kernels: 24 layers have some 500. A CUDA graph starts them
-all at once. It runs the same kernels on the same memory again, so nothing may depend on what the host knows:
-positions are counted on the device, every tensor that one token hands on to the next is written in place, and
-random numbers come from a buffer that the host fills ahead.
+all at once. It runs the same kernels on the same memory again, so nothing may depend on the host. Positions
+are counted on the device. What one token hands on to the next is written in place. Random numbers come from a
+buffer that the host fills ahead.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def logs(base: tl.tensor, chunk: tl.tensor, t: tl.tensor, there: tl.tensor, stri
 def channels(D: tl.constexpr, DP: tl.constexpr, TURN: tl.constexpr) -> tl.tuple:
     """The channels of q and k in their DP columns, and which columns hold one.
 
-    Where channels turn in pairs and D is no power of two, the two halves begin at columns 0 and DP / 2, so
-    that the columns of a pair are DP / 2 apart.
+    Where D is no power of two and channels turn in pairs, the second half begins at column DP / 2. The
+    columns of a pair are DP / 2 apart then.
     """
     column = tl.arange(0, DP)
     d = column

@@ -252,9 +252,9 @@ def takes_prefill(
     learned: Tensor | None,
     unfit: str | None,
 ) -> bool:
-    """Return whether a prompt runs on Triton kernels; else it runs on torch, also where `triton` is set.
+    """Return whether a prompt runs on Triton kernels.
 
-    The state that the kernels leave has no gradients.
+    Else it runs on torch, also where `triton` is set. The state that the kernels leave has no gradients.
 
     Args:
         kernel, q, k, v, context, unfit: see :func:`takes_triton`.

@@ -87,5 +87,10 @@ def recorded(major: int = 9) -> Iterator[list[Launch]]:
 
 
 def capability_of(x: Tensor) -> int:
-    """Return the major compute capability of x's device; outside CUDA the recording's."""
-    return torch.cuda.get_device_properties(x.device).major if x.is_cuda else _Recorder.major
+    """Return the major compute capability of x's device.
+
+    Outside CUDA and in a recording it is the recording's.
+    """
+    if _Recorder.launches is not None or not x.is_cuda:
+        return _Recorder.major
+    return torch.cuda.get_device_properties(x.device).major

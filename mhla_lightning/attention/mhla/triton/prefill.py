@@ -1,7 +1,7 @@
 """The state after a prompt, whose sums come from the kernel that sums up chunks.
 
 `causal.py` computes the outputs of the prompt. One more kernel reads k and v for the sums of all chunks in
-float32, and with a decay another one those of the chunk being filled, whose decay ends at its last token.
+float32. With a decay another one sums the chunk being filled, whose decay ends at its last token.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _faded(
 
 
 def _layout_of(current: Tensor, filled: Sequence[int], terms: CausalTerms, size: int, tokens: int) -> Tensor:
-    """Return the places of the current chunk, (batch, 1, size + 2) int32; -1 where there is no token."""
+    """Return the places of the current chunk, (batch, 1, size + 2) int32; -1 without a token."""
     if terms.layout is not None:
         empty = terms.layout.new_full((len(current), 1, size + 2), -1)
         rows = torch.arange(len(current), device=current.device)
