@@ -91,9 +91,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _on_page(args: argparse.Namespace, seeds: list[int] | None, every: list[StudyWork]) -> list[StudyWork]:
-    """Return the studies of the page: all of the package, so that one study does not drop the others.
+    """Return the studies of the page.
 
-    A study of one's own has a page of its own.
+    They are all of the package, so that one study does not drop the others. A study of one's own has a page
+    of its own.
     """
     from mhla_lightning.evidence.study import read_studies, study_names
     from mhla_lightning.evidence.work import work_for

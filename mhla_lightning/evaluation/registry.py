@@ -18,13 +18,8 @@ import yaml
 from mhla_lightning.config.recipes import parse_yaml
 from mhla_lightning.errors import UserError, inside, unknown_name
 from mhla_lightning.evaluation.clip import ClipScoreOptions, check_clip, fix_clip, measure_clip
-from mhla_lightning.evaluation.samples import (
-    AGREEMENTS,
-    SampleOptions,
-    check_samples,
-    fix_samples,
-    measure_samples,
-)
+from mhla_lightning.evaluation.sample_options import SampleOptions
+from mhla_lightning.evaluation.samples import AGREEMENTS, check_samples, fix_samples, measure_samples
 from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_object, write_json
 
 

@@ -1,4 +1,4 @@
-"""Read folders of `mhla sample`, and prepare folders for scorers of images. Imports no torch."""
+"""Read folders of `mhla sample`, and prepare folders for image scorers. Imports no torch."""
 
 from __future__ import annotations
 

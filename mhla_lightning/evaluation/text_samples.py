@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mhla_lightning.data.modules.captioned_images import CaptionedImageDataModule
     from mhla_lightning.evaluation.networks import ClassifierRun
-    from mhla_lightning.evaluation.samples import SampleOptions
+    from mhla_lightning.evaluation.sample_options import SampleOptions
     from mhla_lightning.inference.diffusion.text_images import TextImageRun
 
 _BETWEEN = " in the "  # what and where of a class, as in `7 in the upper left`
@@ -141,7 +141,7 @@ def agreements(wanted: np.ndarray, seen: np.ndarray, classes: Sequence[str]) -> 
 
 
 def real_agreement(data: CaptionedImageDataModule, network: Any) -> tuple[Any, float]:
-    """Return the features of all held-out pictures, and the share whose label the classifier sees.
+    """Return the features of held-out pictures, and the share that the classifier reads right.
 
     Args:
         data: the run's data module.

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mhla_lightning.compare.significance import half_width, values_by_seed
+from mhla_lightning.compare.comparison import values_by_seed
+from mhla_lightning.compare.student import half_width
 from mhla_lightning.errors import UserError, unknown_name
 
 Answer = Literal["shown", "contradicted", "not shown", "not run"]

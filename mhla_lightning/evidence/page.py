@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mhla_lightning.compare.comparison import score
-from mhla_lightning.compare.significance import half_width, values_by_seed
+from mhla_lightning.compare.comparison import score, values_by_seed
+from mhla_lightning.compare.student import half_width
 from mhla_lightning.evidence.claims import Claim, ClaimVerdict
 from mhla_lightning.evidence.plots import plot_png
 from mhla_lightning.evidence.results import StudyResult
@@ -102,20 +102,20 @@ def claims_table(results: Sequence[StudyResult]) -> Iterator[str]:
 def number_of(claim: Claim, verdict: ClaimVerdict, titles: Mapping[str, str]) -> str:
     """Return the quantity that decides a claim: mean, interval and number of seeds."""
     title = titles.get(claim.metric, claim.metric)
-    what = f"{title}, {claim.row}"
+    what = f"{title}: {claim.row}"
     if claim.than is not None:
-        what = f"{title}, {claim.row} minus {claim.than}"
+        what = f"{title}: {claim.row} minus {claim.than}"
     if claim.base is not None:
         base = titles.get(claim.base.metric, claim.base.metric)
-        what += f"; less the same for {base}, {claim.base.row} minus {claim.base.than}"
+        what += f"; less {base}: {claim.base.row} minus {claim.base.than}"
     if verdict.mean is None:
         return what
     number = score(verdict.mean, verdict.half).replace("±", "± ")
     sign = "+" if verdict.mean > 0 and claim.than is not None else ""
     if claim.always:
-        return f"{what}: {'at least' if claim.sign > 0 else 'at most'} {number} (n = {verdict.seeds})"
+        return f"{what} is {'at least' if claim.sign > 0 else 'at most'} {number} (n = {verdict.seeds})"
     interval = "" if verdict.half is not None else ", no interval"
-    return f"{what}: {sign}{number}{interval} (n = {verdict.seeds})"
+    return f"{what} = {sign}{number}{interval} (n = {verdict.seeds})"
 
 
 def _machines(results: Sequence[StudyResult]) -> Iterator[str]:

@@ -16,8 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from mhla_lightning.compare.comparison import values_by_seed
 from mhla_lightning.compare.curves import colors
-from mhla_lightning.compare.significance import half_width, values_by_seed
+from mhla_lightning.compare.student import half_width
 from mhla_lightning.evidence.study import Plot
 
 _DPI = 110

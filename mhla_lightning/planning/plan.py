@@ -263,7 +263,8 @@ def _length(recipe: Resolved, batches: Batches) -> tuple[Length, tuple[str, ...]
         return Length(steps if steps > 0 else None, None, data.epochs), (
             f"no shards in {data.path}: {left} is not known{sizes}",
         )
-    recipe.task.check_data(data.facts(), batches.micro)
+    with inside("model"):
+        recipe.task.check_data(data.facts(), batches.micro)
     steps = length(recipe)
     return Length(steps, data.samples, steps * batches.batch / data.samples), ()
 

@@ -83,6 +83,16 @@ def test_batches_hold_pixels_and_text_of_the_same_sample(root: Path) -> None:
     assert data.null_text().abs().sum() > 0
 
 
+def test_captions_need_no_classes(root: Path, tmp_path: Path) -> None:
+    bare = write_captioned(tmp_path / "bare", labels=False)
+    data = module(bare, batch_size=8)
+    data.check(1)
+    assert data.facts()["classes"] == 0
+    ((one,), (other,)) = (list(found.val_dataloader()) for found in (data, module(root, batch_size=8)))
+    assert torch.equal(one["image"], other["image"])
+    assert torch.equal(one["text"], other["text"])
+
+
 def test_other_encoders_and_images_without_captions_are_refused(root: Path, tmp_path: Path) -> None:
     with refused("text_encoder.name"):
         module(root, text_encoder=TextEncoding("google/umt5-xxl", 6, 8))
@@ -112,8 +122,8 @@ def test_a_digit_lies_inside_the_quadrant_that_is_named(place: int) -> None:
         assert scene.shape == (SIDE, SIDE, 3)
         rows, columns = (np.flatnonzero(ink_of(scene).any(axis)) for axis in (1, 0))
         top, left = SIDE // 2 * (place // 2), SIDE // 2 * (place % 2)
-        assert top < rows[0] <= rows[-1] < top + SIDE // 2
-        assert left < columns[0] <= columns[-1] < left + SIDE // 2
+        assert top <= rows[0] <= rows[-1] < top + SIDE // 2
+        assert left <= columns[0] <= columns[-1] < left + SIDE // 2
         assert 9 <= np.ptp(rows) + 1 <= 11
         assert abs(columns[0] + columns[-1] + 1 - 2 * left - SIDE // 2) <= 2, "the digit is in the middle"
         corners.add((rows[0], columns[0]))

@@ -127,6 +127,7 @@ def test_a_folder_of_images_and_captions(root: Path, tmp_path: Path) -> None:
     assert (shown.kind, shown.shown, shown.unusable) == ("latents", 8, 0)
 
 
+@pytest.mark.slow  # transformers, and a text encoder that is opened four times
 def test_training_takes_it_with_the_stored_empty_text(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     gemma = save_gemma2(tmp_path / "gemma")

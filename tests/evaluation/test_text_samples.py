@@ -15,7 +15,8 @@ from mhla_lightning.data.index import TextEncoding
 from mhla_lightning.data.modules.captioned_images import CaptionedImageDataModule
 from mhla_lightning.diffusion.drawing import draw_samples
 from mhla_lightning.evaluation.networks import open_network
-from mhla_lightning.evaluation.samples import SampleOptions, interval
+from mhla_lightning.evaluation.sample_options import SampleOptions
+from mhla_lightning.evaluation.samples import interval
 from mhla_lightning.evaluation.text_samples import agreements, check_text_samples
 from mhla_lightning.inference.diffusion.text_images import TextDrawing, find_text_image_run
 from mhla_lightning.inference.rebuilding import load_backbone

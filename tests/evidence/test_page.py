@@ -133,7 +133,7 @@ def test_a_part_has_run(work: StudyWork, tmp_path: Path) -> None:
     text = page(work, tmp_path / "docs")
     assert "3 of 6 runs are finished" in text
     assert "| linear | 2 | 0.5050 ± 0.0635 | - |" in text
-    assert "top-1, mhla minus linear: +0.2000, no interval (n = 1) | **not shown** |" in text
+    assert "top-1: mhla minus linear = +0.2000, no interval (n = 1) | **not shown** |" in text
 
 
 def test_everything_has_run(work: StudyWork, tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_everything_has_run(work: StudyWork, tmp_path: Path) -> None:
     assert "| linear | 3 | 0.5100 ± 0.0248 | 2.6000 ± 0.2484 |" in text
     assert "+0.2010 ± 0.0025 (n = 3) | **shown** |" in text
     assert "+0.2010 ± 0.0025 (n = 3) | **contradicted** |" in text
-    assert "effective rank, mhla: 2.6000 ± 0.2484 (n = 3) | **shown** |" in text
-    assert "mhla: at most 1.0000 (n = 3) | **shown** |" in text
+    assert "effective rank: mhla = 2.6000 ± 0.2484 (n = 3) | **shown** |" in text
+    assert "mhla is at most 1.0000 (n = 3) | **shown** |" in text
     assert "Total: 10.0 minutes, 2 processes at once." in text
     assert "Largest load of the machine at a start: 0.3 processes." in text
     assert "`mhla reproduce study --seeds 0,1,2`, 6 of 6 runs" in text
@@ -197,7 +197,7 @@ def test_an_analysis_with_other_content_gives_no_number(layers: Any, work: Study
         runs = [{"run": f"{name}-seed{seed}", "layers": layers} for name in ("linear", "mhla")]
         work.analysis(seed)[0].parent.mkdir()
         write_json(work.analysis(seed)[0], {"samples": 4, "runs": runs})
-    assert "effective rank, mhla | **not run** |" in page(work, tmp_path / "docs")
+    assert "effective rank: mhla | **not run** |" in page(work, tmp_path / "docs")
 
 
 def test_the_page_alone_trains_nothing(

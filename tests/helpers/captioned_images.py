@@ -49,9 +49,9 @@ def picture(label: int) -> np.ndarray:
     return pixels
 
 
-def write_captioned(shards: Path, captions: bool = True) -> Path:
+def write_captioned(shards: Path, captions: bool = True, labels: bool = True) -> Path:
     """Write 16 training and 8 validation images of 8 x 8 pixels, each with its label and its caption."""
-    header = ShardIndex("images", (), CLASSES)
+    header, written = ShardIndex("images", (), CLASSES), ShardIndex("images", (), CLASSES if labels else ())
 
     def samples(count: int) -> list[Sample]:
         return [
@@ -67,7 +67,11 @@ def write_captioned(shards: Path, captions: bool = True) -> Path:
 
     shards.mkdir()
     for split, count in COUNTS.items():
-        write_split(shards / split, header, samples(count))
+        found = samples(count)
+        if not labels:
+            for sample in found:
+                del sample.members["cls"]
+        write_split(shards / split, written, found)
     return shards
 
 

@@ -39,7 +39,9 @@ NOT_EXECUTED = {
     r"mhla monitor\b": "serves until Ctrl-C; tests/cli/test_monitor.py",
     r"mhla (submit|logs|status|cancel|resume)\b": "needs a cluster; tests/slurm runs them on one",
     r"lightning run classification/\S+ --mode validate --ckpt digits": "a run of the cluster; tests/slurm",
-    r"mhla eval (lm|fid|vbench) ": "needs a network, or tools and files of the reader; tests/evaluation",
+    r"mhla eval (lm|fid|vbench|clip|geneval|dpg) ": "needs a network, or tools and files of the reader; "
+    "tests/evaluation",
+    r"mhla analyze .*compare-HASH": "runs of a comparison of the reader; tests/analysis",
     r".*(deit_tiny_mhla_images_cpu|mhla (predict|export) photos)": "needs images of the reader; "
     "tests/inference/test_predict.py runs each",
     r"mhla predict .* IMAGE": "the image is the reader's",

@@ -86,11 +86,11 @@ def hours_of_the_paper() -> dict[str, str]:
 
 def test_each_recipe_of_the_paper_has_its_hours() -> None:
     found = hours_of_the_paper()
-    assert len(found) == 20
+    assert len(found) == 24
     assert all(float(hours) > 0 for hours in found.values())
 
 
-@pytest.mark.slow  # builds twenty models without weights: ten seconds
+@pytest.mark.slow  # builds twenty-four models without weights: ten seconds
 def test_the_hours_of_the_paper_are_those_of_mhla_plan() -> None:
     from mhla_lightning.config.resolve import resolve
     from mhla_lightning.planning.gpus import GPUS

@@ -1,4 +1,4 @@
-"""Draws guided samples of an image or text-to-image run and lets a classifier run judge them.
+"""Draws guided samples of a diffusion run and lets a classifier run judge them.
 
 Agreement is the share of samples whose likeliest class is the requested one, with its 95 % interval. FD is
 the Frechet distance on the classifier's features to the validation images of the run's data. It compares
@@ -21,7 +21,8 @@ import dataclasses
 from mhla_lightning.cli.eval.image_table import print_numbers
 from mhla_lightning.cli.output import write_json
 from mhla_lightning.evaluation import with_options
-from mhla_lightning.evaluation.samples import DRAWN_AGREEMENTS, SampleOptions, interval
+from mhla_lightning.evaluation.sample_options import SampleOptions
+from mhla_lightning.evaluation.samples import DRAWN_AGREEMENTS, interval
 from mhla_lightning.runs.folder import find_run, runs_root
 
 HELP = "guided samples of an image or text-to-image run, judged by a classifier run"

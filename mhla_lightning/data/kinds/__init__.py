@@ -1,4 +1,4 @@
-"""Kinds of samples: images with or without captions, tokens, latents of images and of videos, video clips."""
+"""Kinds of samples: images, captioned or not, tokens, latents, video clips."""
 
 from __future__ import annotations
 

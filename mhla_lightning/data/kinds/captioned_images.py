@@ -1,4 +1,4 @@
-"""Images with captions: KEY.jpg, KEY.png or KEY.webp, KEY.cls, and KEY.txt."""
+"""Images with captions: KEY.jpg, KEY.png or KEY.webp, KEY.txt, and perhaps KEY.cls."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mhla_lightning.data.index import TextEncoding
+from mhla_lightning.data.index import ShardIndex, TextEncoding
 from mhla_lightning.data.kinds.captions import caption_features
 from mhla_lightning.data.kinds.images import Images
 from mhla_lightning.data.members import RawSample
+from mhla_lightning.errors import DataError
 
 
 @dataclass
@@ -40,6 +41,11 @@ class CaptionedImages(Images):
             "image": torch.zeros(3, *self.size),
             "text": torch.zeros(self.text.tokens, self.text.channels),
         }
+
+    def check(self, index: ShardIndex, address: str) -> None:
+        """Refuse anything but images; they need no classes."""
+        if index.kind != "images":
+            raise DataError(address, f"it holds {index.kind}; images with captions are needed")
 
     def _captioned(self, image: Tensor, sample: RawSample) -> dict[str, Tensor]:
         return {"image": image, "text": caption_features(sample, self.text)}

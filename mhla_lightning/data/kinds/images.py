@@ -1,6 +1,6 @@
 """Images: KEY.jpg, KEY.png or KEY.webp, and KEY.cls.
 
-Images with captions, KEY.txt or KEY.json, have no class; `mhla data latents` encodes them for training.
+Images with captions, KEY.txt or KEY.json, need no class; see captioned_images.py and `mhla data latents`.
 """
 
 from __future__ import annotations

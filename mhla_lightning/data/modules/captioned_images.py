@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.index import INDEX_NAME, SPLITS, ShardIndex, TextEncoding
 from mhla_lightning.data.kinds import CaptionedImages
 from mhla_lightning.data.kinds.base import label_of
@@ -20,12 +19,12 @@ from mhla_lightning.errors import DataError
 class CaptionedImageDataModule(TextConditioned, ImageDataModule):
     """Images in pixels, and features of their captions, encoded while loading.
 
-    The shards are those of labelled images whose samples also have KEY.txt. Batches hold `image`, float32
-    (B, 3, H, W), and `text`, float32 (B, tokens, channels), zero-padded.
+    Samples of the shards are images with KEY.txt, and perhaps KEY.cls, which evaluation uses. Batches hold
+    `image`, float32 (B, 3, H, W), and `text`, float32 (B, tokens, channels), zero-padded.
 
     Args:
         text_encoder: the encoder of captions: words:N. Others are too slow here; latents keep their features.
-        path, mix, batch_size, micro_batch_size, epochs, order, reading: see :class:`ShardDataModule`.
+        path, batch_size, micro_batch_size, epochs, order, reading: see :class:`ShardDataModule`.
         image_size, augmentation: see :class:`ImageDataModule`. A text model reads words as they are, so
             leave mirroring and cropping out where a caption tells a side.
         source: raw data with captions that prepare_data packs into `path` when `path` holds no shards yet:
@@ -42,13 +41,12 @@ class CaptionedImageDataModule(TextConditioned, ImageDataModule):
         image_size: int | tuple[int, int] = 224,
         augmentation: Augmentation | None = None,
         source: str | None = None,
-        mix: list[DataSource] | None = None,
         order: OrderConfig = ORDER,
         reading: ReadingConfig = READING,
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
         super().__init__(
-            path, batch_size, micro_batch_size, epochs, image_size, augmentation, source, mix, order, reading
+            path, batch_size, micro_batch_size, epochs, image_size, augmentation, source, None, order, reading
         )
         demand_words(text_encoder, "images", "train on latents with text features (LatentDataModule)")
         self.text_encoder = text_encoder
@@ -60,7 +58,7 @@ class CaptionedImageDataModule(TextConditioned, ImageDataModule):
         )
 
     def check(self, world_size: int) -> None:
-        """Check also the text encoder, and that samples have captions. Raises UserError or DataError."""
+        """Check also the text encoder and the captions. Raises UserError or DataError."""
         super().check(world_size)
         from mhla_lightning.data.encoders.text_encoders import load_text_encoder
 
@@ -90,14 +88,14 @@ class CaptionedImageDataModule(TextConditioned, ImageDataModule):
         return found
 
     def facts(self) -> dict[str, Any]:
-        """Return the kind, the shape (3, H, W), (tokens, channels) of the text, and the number of classes."""
+        """Return the kind, (3, H, W), (tokens, channels) of the text, and the classes."""
         text = self._encoding()
         shares = {} if self.buckets is None else self.shares()
-        return {
+        facts = {
             "kind": "captioned_images",
             "shapes": [(3, *size) for size in dict.fromkeys([self.image_size, *shares])],
             "text": (text.tokens, text.channels),
             "vae": None,
             "classes": self.num_classes,
-            "sizes": shares,
         }
+        return {**facts, "sizes": shares} if shares else facts

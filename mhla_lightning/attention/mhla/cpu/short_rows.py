@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils.flop_counter import register_flop_formula
 
 from mhla_lightning.attention.mhla.bidirectional import ReluMHLA
 from mhla_lightning.attention.mhla.by_hand import WrittenForm
@@ -71,6 +70,8 @@ def _operators() -> str | None:
     """Load the operators, and tell torch their shapes and FLOPs."""
     reason = building.loaded()
     if reason is None:
+        from torch.utils.flop_counter import register_flop_formula  # imports Triton
+
         torch.library.register_fake("mhla::short_rows", _shapes)
         torch.library.register_fake("mhla::short_rows_backward", _gradient_shapes)
         register_flop_formula(torch.ops.mhla.short_rows)(_flops)

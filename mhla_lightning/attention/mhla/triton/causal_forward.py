@@ -282,9 +282,9 @@ def causal_forward_kernel(
     rank = tile * BQ + tl.arange(0, BQ)
     for j in range(begin, ((tile + 1) * BQ + BK - 1) // BK):
         at, is_key, key_chunk, s_, ka = chunk_rows(j, layout, M, N, T, BK, TP, PACKED)
-        inside = inside_of(is_key, is_channel, D, DP)
-        plain_keys = phi_of(channel_rows(k, at, inside, skn, d), inside, offset)
-        keys = turned(plain_keys, k, at, inside, skn, cos, sin, offset, d, D, TURN).to(raw.dtype)
+        key_inside = inside_of(is_key, is_channel, D, DP)
+        plain_keys = phi_of(channel_rows(k, at, key_inside, skn, d), key_inside, offset)
+        keys = turned(plain_keys, k, at, key_inside, skn, cos, sin, offset, d, D, TURN).to(raw.dtype)
         values = rows(v, at, is_key, svn, DV, DVP)
         until_key = tl.zeros((BK,), tl.float32)
         after_key = until_key

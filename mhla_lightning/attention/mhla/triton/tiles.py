@@ -136,6 +136,8 @@ def causal_tile(
         small = min(least, power_of_two(rows))
         queries = small
         keys = keys if kernel == "keys" and dim <= 64 and major >= 9 else small
+    elif uneven and not apart and major >= 9:
+        keys = LEAST
     return Tile(queries, keys, 8 if dim > 64 else 4, 1)
 
 

@@ -1,7 +1,7 @@
-"""Pictures of one digit in a quadrant, each with a sentence that describes it: made from MNIST.
+"""Pictures of one digit of MNIST in a quadrant, each with a sentence about it.
 
-The same shards train a text-to-image model and the classifier that judges what it draws: the label names
-the digit and the quadrant, the caption says the same in varied words.
+The same shards train a text-to-image model and the classifier that judges what it draws. The label names
+the digit and the quadrant; the caption says the same in varied words.
 """
 
 from __future__ import annotations
