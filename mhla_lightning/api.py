@@ -172,6 +172,7 @@ class GenerateArguments(TypedDict, total=False):
     seed: int
     stop: Sequence[str]
     batch_size: int
+    cuda_graph: str
 
 
 class SampleArguments(TypedDict, total=False):

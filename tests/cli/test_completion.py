@@ -33,7 +33,7 @@ def test_bash_completes_verbs_options_and_recipes(script: str) -> None:
     assert {"pack", "verify"} <= _complete(script, "mhla", "data", "")
     assert _complete(script, "mhla", "data", "pack", "--to") == {"--to"}
     assert "--prompt" not in _complete(script, "mhla", "run", "--")
-    assert _complete(script, "lightning", "run", "classification/conv") == {
+    assert _complete(script, "lightning", "run", "classification/convnet_m") == {
         "classification/convnet_mnist_cpu"
     }
 

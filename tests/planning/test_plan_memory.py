@@ -54,6 +54,12 @@ FEW = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan counts torch's own operations; the compiled ones of a CPU keep less."""
+    monkeypatch.setenv("MHLA_KERNEL", "torch")
+
+
 def make_task(family: str, attention: Any, depth: int = 4, **options: Any) -> Task:
     """A model of every kind that a CPU trains in a moment."""
     if family == "classification":
