@@ -14,7 +14,8 @@ from mhla_lightning.runs.folder import read_json, write_json
 IMAGES = "images"
 """Subfolder of a prepared folder."""
 
-_LIST = "prepared.json"  # names of our files in the subfolder; no other file is ever removed
+PREPARED = "prepared.json"
+"""Names our files in a prepared folder; no other file is ever removed."""
 
 
 def sampled_files(folder: Path, kind: Literal["images", "videos"]) -> list[tuple[Path, str]]:
@@ -40,6 +41,37 @@ def sampled_files(folder: Path, kind: Literal["images", "videos"]) -> list[tuple
     return found
 
 
+def written_before(to: Path, key: str, *folders: Path) -> set[str]:
+    """Check that a folder can be prepared for a scorer, and read which files an earlier call wrote.
+
+    Args:
+        to: the folder, which may not exist yet.
+        key: of the names in its PREPARED.
+        folders: below it.
+
+    Returns:
+        the names, which may be of files that are no longer there or outside.
+
+    Raises:
+        UserError: a file in the place of a folder, no right to write, or a PREPARED of another form.
+    """
+    for wanted in (to, *folders):
+        there = next(
+            path for path in (wanted.absolute(), *wanted.absolute().parents) if os.path.lexists(path)
+        )
+        if not there.is_dir():
+            raise UserError("to", f"{to} cannot be used, because {there} is no folder")
+        if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
+            raise UserError("to", f"{to} cannot be used: no right to read and write in {there}")
+    held = read_json(to / PREPARED)
+    listed = held.get(key) if isinstance(held, dict) else None
+    if os.path.lexists(to / PREPARED) and not isinstance(listed, list):
+        raise UserError(
+            "to", f"{to} holds a {PREPARED} that mhla did not write; name an empty or a new folder"
+        )
+    return {name for name in listed or [] if isinstance(name, str)}
+
+
 def check_prepared(to: Path) -> set[str]:
     """Check that :func:`prepare` can use a folder; nothing is made or changed.
 
@@ -53,19 +85,7 @@ def check_prepared(to: Path) -> set[str]:
         UserError: a file in the place of a folder, no right to write, or a file in TO/images that no earlier
             call wrote.
     """
-    for wanted in (to, to / IMAGES):
-        there = next(
-            path for path in (wanted.absolute(), *wanted.absolute().parents) if os.path.lexists(path)
-        )
-        if not there.is_dir():
-            raise UserError("to", f"{to} cannot be used, because {there} is no folder")
-        if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
-            raise UserError("to", f"{to} cannot be used: no right to read and write in {there}")
-    held = read_json(to / _LIST)
-    listed = held.get("files") if isinstance(held, dict) else None
-    if os.path.lexists(to / _LIST) and not isinstance(listed, list):
-        raise UserError("to", f"{to} holds a {_LIST} that mhla did not write; name an empty or a new folder")
-    written = {name for name in listed or [] if isinstance(name, str)}
+    written = written_before(to, "files", to / IMAGES)
     # From the folder, since a name in the list could point outside.
     found = {
         path.relative_to(to / IMAGES).as_posix()
@@ -97,7 +117,7 @@ def prepare(files: Mapping[str, Path | bytes], to: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Written first, so that a call that is stopped leaves no file that the next call does not know.
-        write_json(to / _LIST, {"files": sorted(earlier.union(files))})
+        write_json(to / PREPARED, {"files": sorted(earlier.union(files))})
         for name in earlier:
             (folder / name).unlink()
         for path in sorted(folder.rglob("*"), reverse=True):  # empty folders, from the inside

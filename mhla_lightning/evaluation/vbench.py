@@ -18,7 +18,7 @@ from typing import Any
 
 from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.evaluation import vbench_call
-from mhla_lightning.evaluation.sampled import sampled_files
+from mhla_lightning.evaluation.sampled import PREPARED, sampled_files, written_before
 from mhla_lightning.runs.folder import read_json, write_json
 
 PER_PROMPT = 5
@@ -55,7 +55,6 @@ INSTALL = (
 VIDEOS, RESULTS = "videos", "results"
 """Subfolders of the prepared folder."""
 
-_LIST = "prepared.json"  # names of our videos in the folder; no other file is ever removed
 _LONGEST = 255  # bytes of a file's name
 _NAME = "vbench"
 _WHERE = (
@@ -159,19 +158,7 @@ def check_target(to: Path) -> set[str]:
         UserError: a file in the place of a folder, no right to write, or a file in TO/videos that no earlier
             call wrote.
     """
-    for wanted in (to, to / VIDEOS, to / RESULTS):
-        there = next(
-            path for path in (wanted.absolute(), *wanted.absolute().parents) if os.path.lexists(path)
-        )
-        if not there.is_dir():
-            raise UserError("to", f"{to} cannot be used, because {there} is no folder")
-        if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
-            raise UserError("to", f"{to} cannot be used: no right to read and write in {there}")
-    held = read_json(to / _LIST)
-    listed = held.get("videos") if isinstance(held, dict) else None
-    if os.path.lexists(to / _LIST) and not isinstance(listed, list):
-        raise UserError("to", f"{to} holds a {_LIST} that mhla did not write; name an empty or a new folder")
-    written = {name for name in listed or [] if isinstance(name, str)}
+    written = written_before(to, "videos", to / VIDEOS, to / RESULTS)
     try:
         found = sorted((to / VIDEOS).iterdir()) if (to / VIDEOS).is_dir() else []
     except OSError as error:  # a name that is too long
@@ -208,7 +195,7 @@ def lay_out(videos: Iterable[tuple[Path, str]], to: Path) -> list[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Written first, so that a call that is stopped leaves no video that the next call does not know.
-        write_json(to / _LIST, {"videos": sorted(earlier.union(names))})
+        write_json(to / PREPARED, {"videos": sorted(earlier.union(names))})
         for name in earlier:
             (folder / name).unlink()
         for name, (file, _) in zip(names, videos, strict=True):
