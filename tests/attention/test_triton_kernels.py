@@ -19,7 +19,7 @@ from tests.helpers.kernel_cases import (
 BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCES = {torch.float32: 3e-7, FP16: 1e-3, BF16: 1.5e-2}  # of the largest value of the reference
 GRADIENTS = {torch.float32: 2.5, FP16: 1, BF16: 1}
-"""Times as much: float32 gradients of 128 channels, behind a rotary, or of a normalizer have more roundings."""
+"""Times as much: float32 gradients of 128 channels, a rotary or a normalizer have more roundings."""
 
 CASES = [
     KernelCase("dense", (5, 7), (2, 3), 8, 8, whole=True),

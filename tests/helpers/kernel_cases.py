@@ -101,12 +101,11 @@ def errors(case: KernelCase, device: str = "cpu") -> dict[str, float]:
     wanted = [x.detach().cpu().double().requires_grad_() for x in inputs]
     reference = _reference(case, grid, rotary, *wanted)
     want = [reference, *torch.autograd.grad(reference, wanted, grad.double())]
-    part = _reference(case, grid, rotary, *wanted, alone=True)
-    parts = [reference, *torch.autograd.grad(part, wanted, grad.double())]
+    through = _reference(case, grid, rotary, *wanted, alone=True)
+    parts = [reference, *torch.autograd.grad(through, wanted, grad.double())]
     names = ("out", "q", "k", "v", "mixing")
-    return {
-        name: _relative(a.cpu(), b, part) for name, a, b, part in zip(names, got, want, parts, strict=False)
-    }
+    pairs = zip(names, got, want, parts, strict=False)
+    return {name: _relative(a.cpu(), b, alone) for name, a, b, alone in pairs}
 
 
 def _relative(got: Tensor, want: Tensor, part: Tensor | None = None) -> float:
@@ -123,6 +122,7 @@ def _reference(
     k: Tensor,
     v: Tensor,
     mixing: Tensor | None = None,
+    *,
     alone: bool = False,
 ) -> Tensor:
     """Eq. 5 in float64; rotary turns the numerator only, and `alone` it has gradients."""
