@@ -42,7 +42,7 @@ def sampled_files(folder: Path, kind: Literal["images", "videos"]) -> list[tuple
 
 
 def written_before(to: Path, key: str, *folders: Path) -> set[str]:
-    """Check that a folder can be prepared for a scorer, and read which files an earlier call wrote.
+    """Check that a folder can be prepared, and read which files an earlier call wrote.
 
     Args:
         to: the folder, which may not exist yet.
