@@ -170,11 +170,19 @@ def test_a_compiler_that_fails_is_named_once_and_leaves_nothing(
     assert list(elsewhere.iterdir()) == []
 
 
-def test_a_folder_of_somebody_else_is_not_trusted(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("owner", ["another user", "this user, and everybody may write"])
+def test_code_that_others_may_have_written_is_not_loaded(
+    owner: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere.mkdir()
-    (elsewhere / "some.so").touch()
-    monkeypatch.setattr(os, "getuid", lambda: elsewhere.stat().st_uid + 1)
+    compiler = building.find_compiler()
+    assert compiler is not None
+    building._place(compiler).write_bytes(b"code of somebody")
+    if owner == "another user":
+        monkeypatch.setattr(os, "getuid", lambda: elsewhere.stat().st_uid + 1)
+    else:
+        elsewhere.chmod(0o777)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"{path} was loaded"))
     reason = building.loaded.__wrapped__()
     assert reason is not None
-    assert "belongs to another user" in reason
-    assert os.listdir(elsewhere) == ["some.so"]
+    assert "belongs to another user, or others may write to it" in reason

@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import cache
@@ -42,6 +43,7 @@ def loaded() -> str | None:
         return f"no C++ compiler was found: none of CXX, {', '.join(COMPILERS)}"
     try:
         library = _place(compiler)
+        _make_private(library.parent)
         if not library.is_file():
             _logger.info("compiling MHLA for short rows on this processor, once, in some seconds")
             compile_into(library, compiler)
@@ -65,16 +67,25 @@ def compile_into(library: Path, compiler: str) -> None:
 
     Raises:
         subprocess.SubprocessError: the compiler failed or took too long.
-        OSError: the folder cannot be written, or belongs to somebody else.
+        OSError: the folder cannot be written.
     """
-    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if library.parent.stat().st_uid != os.getuid():
-        raise OSError(f"{library.parent} belongs to another user")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         command = [compiler, *FLAGS, f"-I{_TORCH / 'include'}", str(SOURCE), "-o", str(made)]
         subprocess.run([*command, *LIBRARIES], check=True, capture_output=True, text=True, timeout=_PATIENCE)
         made.replace(library)
+
+
+def _make_private(folder: Path) -> None:
+    """Make the folder of the compiled code; what others may write there is never loaded.
+
+    Raises:
+        OSError: others own the folder or may write to it, or it cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(f"{folder} belongs to another user, or others may write to it")
 
 
 def _place(compiler: str) -> Path:
