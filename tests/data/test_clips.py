@@ -4,7 +4,6 @@ it is interrupted.
 
 from __future__ import annotations
 
-import io
 import json
 import struct
 from bisect import bisect_right
@@ -17,16 +16,14 @@ import pytest
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.encoders.videos import decode_mp4
 from mhla_lightning.data.index import Clip, read_index
-from mhla_lightning.data.members import RawSample
 from mhla_lightning.data.prepare.clips.frames import fit, read_clips
 from mhla_lightning.data.prepare.clips.layout import nearest, place, split_in_time
 from mhla_lightning.data.prepare.clips.make import make_clips
 from mhla_lightning.data.prepare.clips.options import ClipOptions
 from mhla_lightning.data.prepare.clips.probing import watch
 from mhla_lightning.data.prepare.verify import verify
-from mhla_lightning.data.split import Split
-from mhla_lightning.data.stores import LocalStore
 from tests.helpers.ranks import Nursery
+from tests.helpers.shards import array, content, samples
 
 pytest.importorskip("av")
 from tests.helpers.videos import greys, numbers, save_videos, write_video  # noqa: E402  needs PyAV
@@ -36,23 +33,6 @@ SMALL = Clip(4, 16, 24, 5.0)
 
 def options(clip: Clip = SMALL, **others: Any) -> ClipOptions:
     return ClipOptions(**({"clips": (clip,), "val": 0.3, "val_by": "time"} | others))  # type: ignore[arg-type]
-
-
-def samples(split: Path) -> list[RawSample]:
-    found = Split(read_index(split), LocalStore(split))
-    return found.read(range(found.samples))
-
-
-def frames_of(sample: RawSample) -> np.ndarray:
-    return np.load(io.BytesIO(sample["clip.npy"]), allow_pickle=False)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 # Frames by time
@@ -67,9 +47,9 @@ def test_frames_come_at_a_constant_rate(tmp_path: Path, suffix: str) -> None:
     train, val = samples(tmp_path / "out/train"), samples(tmp_path / "out/val")
     by_film: dict[bytes, list[list[int]]] = {}
     for sample in train:
-        by_film.setdefault(sample["txt"], []).append(numbers(frames_of(sample)))
+        by_film.setdefault(sample["txt"], []).append(numbers(array(sample, "clip")))
     assert by_film == {f"grey film number {n}".encode(): [[0, 2, 4, 6], [8, 10, 12, 14]] for n in range(2)}
-    assert [numbers(frames_of(sample)) for sample in val] == [[21, 23, 25, 27]] * 2
+    assert [numbers(array(sample, "clip")) for sample in val] == [[21, 23, 25, 27]] * 2
     assert report.seconds == {"train": 4 * 0.8, "val": 2 * 0.8}
     assert read_index(tmp_path / "out/val").clip == SMALL
     assert verify(str(tmp_path / "out")).found == 0
@@ -141,7 +121,7 @@ def test_fit_keeps_the_middle_and_its_shape() -> None:
 def test_overlapping_clips(tmp_path: Path) -> None:
     save_videos(tmp_path / "in", 1, frames=30)
     make_clips(tmp_path / "in", tmp_path / "out", options(stride=1, val=0.4))
-    assert [numbers(frames_of(sample)) for sample in samples(tmp_path / "out/train")] == [
+    assert [numbers(array(sample, "clip")) for sample in samples(tmp_path / "out/train")] == [
         [n, n + 2, n + 4, n + 6] for n in (0, 2, 4, 6, 8, 10)
     ]
 
@@ -152,7 +132,7 @@ def test_no_frame_is_in_train_and_val(tmp_path: Path, val_by: str, stride: float
     save_videos(tmp_path / "in", 4, frames=23)
     report = make_clips(tmp_path / "in", tmp_path / "out", options(stride=stride, val_by=val_by, val=0.25))
     seen = {
-        split: {(s["txt"], n) for s in samples(tmp_path / "out" / split) for n in numbers(frames_of(s))}
+        split: {(s["txt"], n) for s in samples(tmp_path / "out" / split) for n in numbers(array(s, "clip"))}
         for split in report.indices
     }
     assert seen["train"]
@@ -198,7 +178,9 @@ def test_no_clip_crosses_a_cut(tmp_path: Path) -> None:
 
     def crossing(folder: Path) -> list[bool]:
         clips = [
-            frames_of(sample).astype(int) for split in ("train", "val") for sample in samples(folder / split)
+            array(sample, "clip").astype(int)
+            for split in ("train", "val")
+            for sample in samples(folder / split)
         ]
         return [np.abs(np.diff(clip, axis=0)).mean(axis=(1, 2, 3)).max() > 25 for clip in clips]
 
@@ -270,7 +252,7 @@ def test_mp4_members_hold_nearly_the_same_pixels(tmp_path: Path) -> None:
     pairs = list(zip(samples(tmp_path / "npy/train"), samples(tmp_path / "mp4/train"), strict=True))
     for exact, lossy in pairs:
         assert (exact["__key__"], exact["txt"]) == (lossy["__key__"], lossy["txt"])
-        assert np.abs(decode_mp4(lossy["mp4"], SMALL, "it").astype(int) - frames_of(exact)).max() <= 4
+        assert np.abs(decode_mp4(lossy["mp4"], SMALL, "it").astype(int) - array(exact, "clip")).max() <= 4
     assert verify(str(tmp_path / "mp4")).found == 0
 
 

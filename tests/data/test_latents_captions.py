@@ -19,20 +19,18 @@ from mhla_lightning.cli.main import main
 from mhla_lightning.data import LatentDataModule
 from mhla_lightning.data.encoders.text_encoders import load_text_encoder
 from mhla_lightning.data.encoders.vaes import load_vae
-from mhla_lightning.data.index import VAE, TextEncoding, read_index
-from mhla_lightning.data.members import RawSample
+from mhla_lightning.data.index import VAE, TextEncoding
 from mhla_lightning.data.prepare.indexing import Facts, index_shards
 from mhla_lightning.data.prepare.latents.captioned import CaptionOptions
 from mhla_lightning.data.prepare.latents.make import LatentOptions, make_latents
 from mhla_lightning.data.prepare.parallel import Interrupted
 from mhla_lightning.data.prepare.preview import preview
 from mhla_lightning.data.prepare.verify import verify
-from mhla_lightning.data.split import Split
-from mhla_lightning.data.stores import LocalStore
 from mhla_lightning.errors import DataError, UserError
 from tests.helpers.data_modules import build
 from tests.helpers.errors import refused
 from tests.helpers.ranks import Nursery
+from tests.helpers.shards import array, content, samples
 from tests.helpers.vaes import CAPTIONS, SIZE, save_captioned, save_dc, save_gemma2
 
 pytest.importorskip("diffusers")
@@ -54,20 +52,6 @@ def options(root: Path, text: Mapping[str, Any] | None = None, **others: Any) ->
     chosen: dict[str, Any] = {"vae": str(root / "dc"), "size": SIZE, "batch_size": 4, "device": "cpu"}
     chosen |= {"val": 2, "shards": 2, "text": CaptionOptions(**captions)}
     return LatentOptions(**chosen | others)
-
-
-def samples(split: Path) -> list[RawSample]:
-    found = Split(read_index(split), LocalStore(split))
-    return found.read(range(found.samples))
-
-
-def array(sample: RawSample, name: str) -> np.ndarray:
-    return np.load(io.BytesIO(sample[f"{name}.npy"]), allow_pickle=False)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def write_tar(path: Path, members: Mapping[str, bytes]) -> None:

@@ -25,9 +25,8 @@ from mhla_lightning.data.prepare.pack import PackOptions, pack
 from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.data.prepare.verify import verify
 from mhla_lightning.data.prepare.writer import write_split
-from mhla_lightning.data.split import Split
-from mhla_lightning.data.stores import LocalStore
 from tests.helpers.ranks import Nursery
+from tests.helpers.shards import array, content, samples
 from tests.helpers.vaes import FACTOR, SIZE, save_dc, save_images, save_kl
 
 pytest.importorskip("diffusers")
@@ -49,28 +48,11 @@ def options(root: Path, vae: str = "kl", **others: object) -> LatentOptions:
     return LatentOptions(**chosen | others)
 
 
-def samples(split: Path) -> list[RawSample]:
-    found = Split(read_index(split), LocalStore(split))
-    return found.read(range(found.samples))
-
-
-def array(sample: RawSample, name: str) -> np.ndarray:
-    return np.load(io.BytesIO(sample[f"{name}.npy"]), allow_pickle=False)
-
-
 def pixels(sample: RawSample) -> torch.Tensor:
     """An image of `root` as DiT prepares it: its middle columns, in [-1, 1]. (1, 3, SIZE, SIZE)."""
     image = np.asarray(Image.open(io.BytesIO(sample["png"])).convert("RGB")).astype(np.float32)
     left = (image.shape[1] - SIZE) // 2
     return torch.from_numpy(image[:, left : left + SIZE] / 127.5 - 1).permute(2, 0, 1)[None]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def diffusers_model(folder: Path) -> Any:

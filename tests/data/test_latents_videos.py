@@ -5,7 +5,6 @@ transformers themselves.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from itertools import islice
 from pathlib import Path
@@ -26,12 +25,11 @@ from mhla_lightning.data.prepare.latents.make_videos import VideoOptions, make_v
 from mhla_lightning.data.prepare.samples import Sample, npy_bytes
 from mhla_lightning.data.prepare.verify import verify
 from mhla_lightning.data.prepare.writer import write_split
-from mhla_lightning.data.split import Split
-from mhla_lightning.data.stores import LocalStore
 from mhla_lightning.errors import DataError, UserError
 from tests.helpers.data_modules import build
 from tests.helpers.errors import refused
 from tests.helpers.ranks import Nursery
+from tests.helpers.shards import array, content, samples
 from tests.helpers.vaes import save_clips, save_umt5, save_wan
 
 pytest.importorskip("diffusers")
@@ -65,23 +63,6 @@ def options(root: Path, text: str = WORDS, **others: Any) -> VideoOptions:
         "shards": 3,
     }
     return VideoOptions(**given | others)
-
-
-def samples(split: Path) -> list[RawSample]:
-    found = Split(read_index(split), LocalStore(split))
-    return found.read(range(found.samples))
-
-
-def array(sample: RawSample, name: str) -> np.ndarray:
-    return np.load(io.BytesIO(sample[f"{name}.npy"]), allow_pickle=False)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def pixels(sample: RawSample) -> torch.Tensor:

@@ -50,6 +50,27 @@ def fit_killed(nursery: Nursery, recipe: Path | str, run: Path, step: int, *extr
     return code != 0
 
 
+def continued_alike(nursery: Nursery, recipe: Path, *extra: str) -> Path:
+    """Train a recipe for 40 steps, and again with a kill at step 17; both have the same numbers.
+
+    Args:
+        nursery: starts the processes.
+        recipe: the file.
+        extra: arguments of both.
+
+    Returns:
+        the folder of the whole run, runs/whole.
+    """
+    given = ["--trainer.max_steps", "40", "--trainer.val_check_interval", "10"]
+    given += ["--checkpoint.every_n_steps", "3", *extra]
+    whole, cut = Path.cwd() / "runs" / "whole", Path.cwd() / "runs" / "cut"
+    fit(nursery, recipe, whole, *given)
+    assert fit_killed(nursery, recipe, cut, 17, *given), "the run ended before it could be killed"
+    fit(nursery, recipe, cut, *given)
+    assert exact_metrics(whole) == exact_metrics(cut)
+    return whole
+
+
 def last_step(run: Path) -> int:
     log = run / "samples" / "rank-0.jsonl"
     if not log.is_file():

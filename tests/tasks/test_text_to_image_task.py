@@ -31,7 +31,7 @@ from mhla_lightning.tasks import (
     VideoDiffusionTask,
 )
 from tests.helpers.errors import refused
-from tests.helpers.killed_runs import exact_metrics, fit, fit_killed
+from tests.helpers.killed_runs import continued_alike
 from tests.helpers.ranks import Nursery
 from tests.helpers.text_images import CHANNELS, SIDE, TEXT, write_latents, write_recipe
 
@@ -259,14 +259,7 @@ def test_a_run_draws_resumes_bit_for_bit_and_is_exported(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path)
-    extra = ["--trainer.max_steps", "40", "--trainer.val_check_interval", "10"]
-    extra += ["--checkpoint.every_n_steps", "3", "--trainer.callbacks", CALLBACKS]
-    whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
-    fit(nursery, recipe, whole, *extra)
-    assert fit_killed(nursery, recipe, cut, 17, *extra), "the run ended before it could be killed"
-    fit(nursery, recipe, cut, *extra)
-    metrics = exact_metrics(whole)
-    assert metrics == exact_metrics(cut)
+    whole = continued_alike(nursery, recipe, "--trainer.callbacks", CALLBACKS)
     tags = {json.loads(line)["tag"] for line in (whole / "metrics.jsonl").read_text().splitlines()}
     assert {"train/loss", "val/loss", "val_ema/loss"} <= tags
     events = EventAccumulator(str(RunFolder(whole).tensorboard), size_guidance={"images": 0})

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mhla_lightning.cli.main import main
 from mhla_lightning.runs.folder import RunFolder
 from tests.helpers.captioned_images import write_captioned, write_recipe
-from tests.helpers.killed_runs import exact_metrics, fit, fit_killed
+from tests.helpers.killed_runs import continued_alike
 from tests.helpers.ranks import Nursery
 
 CALLBACKS = """[{class_path: mhla_lightning.callbacks.SampleLog},
@@ -29,14 +29,7 @@ def test_a_killed_run_resumes_bit_for_bit_and_its_weights_are_loaded_back(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tmp_path / "recipe.yaml", write_captioned(tmp_path / "shards"))
-    extra = ["--trainer.max_steps", "40", "--trainer.val_check_interval", "10"]
-    extra += ["--checkpoint.every_n_steps", "3", "--trainer.callbacks", CALLBACKS]
-    whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
-    fit(nursery, recipe, whole, *extra)
-    assert fit_killed(nursery, recipe, cut, 17, *extra), "the run ended before it could be killed"
-    fit(nursery, recipe, cut, *extra)
-    metrics = exact_metrics(whole)
-    assert metrics == exact_metrics(cut)
+    whole = continued_alike(nursery, recipe, "--trainer.callbacks", CALLBACKS)
     tags = {json.loads(line)["tag"] for line in (whole / "metrics.jsonl").read_text().splitlines()}
     assert {"train/loss", "val/loss", "val_ema/loss"} <= tags
     events = EventAccumulator(str(RunFolder(whole).tensorboard), size_guidance={"images": 0})
