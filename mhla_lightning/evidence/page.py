@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def _lines(results: Sequence[StudyResult], pictures: Mapping[tuple[str, int], st
     yield "`mhla reproduce` trains, measures and writes this page; no number is written by hand.\n"
     yield from _state(results)
     yield "## Claims\n"
+    answers = Counter(verdict.answer for result in results for _, verdict in result.verdicts)
+    yield f"{', '.join(f'{count} {answer}' for answer, count in answers.most_common())}.\n"
     yield from claims_table(results)
     yield f"\n{_RULE}"
     yield "## Machine and commands\n"
@@ -171,15 +174,17 @@ def _study(result: StudyResult, pictures: Mapping[tuple[str, int], str]) -> Iter
 
 
 def results_table(result: StudyResult) -> Iterator[str]:
-    """Yield the lines of a study's table: means with 95 % intervals."""
-    titles = result.work.study.metrics
-    yield f"| row | n | {' | '.join(_safe(title) for title in titles.values())} |"
-    yield f"|---|---|{'---|' * len(titles)}"
+    """Yield the lines of a study's table: means with 95 % intervals, and the paper's numbers if there are."""
+    titles, paper = result.work.study.metrics, result.work.study.paper
+    headings = [*titles.values(), *(["the paper"] if paper else [])]
+    yield f"| row | n | {' | '.join(map(_safe, headings))} |"
+    yield f"|---|---|{'---|' * len(headings)}"
     for row in result.rows:
         found = [list(values_by_seed(row, tag).values()) for tag in titles]
         counts = [len(values) for values in found if values] or [0]  # some numbers are of other rows alone
         count = str(max(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-        yield f"| {_safe(row['name'])} | {count} | {' | '.join(map(_mean, found))} |"
+        cells = [*map(_mean, found), *([_safe(paper.get(row["name"], "-"))] if paper else [])]
+        yield f"| {_safe(row['name'])} | {count} | {' | '.join(cells)} |"
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -17,7 +17,7 @@ from mhla_lightning.errors import UserError, inside, unknown_name
 from mhla_lightning.evidence.claims import Claim, read_claim
 from mhla_lightning.runs.folder import check_run_id
 
-_SHARED = ("title", "about", "value", "minutes", "seeds", "metrics", "plots", "claims")
+_SHARED = ("title", "about", "value", "minutes", "seeds", "metrics", "paper", "plots", "claims")
 _TRAINED = (
     "recipe",
     "overrides",
@@ -114,6 +114,7 @@ class Study:
         minutes: on two quiet cores, with `seeds`.
         seeds: of every row; repetitions of a measurement of speed.
         metrics: tag -> heading of the page's table.
+        paper: row -> what the paper reports for it, a column of the page's table.
         plots: pictures.
         claims: what is decided.
         trained: the runs; None for a measurement of speed.
@@ -127,6 +128,7 @@ class Study:
     minutes: float
     seeds: Sequence[int]
     metrics: Mapping[str, str]
+    paper: Mapping[str, str]
     plots: Sequence[Plot]
     claims: Sequence[Claim]
     trained: Trained | None
@@ -205,6 +207,7 @@ def _study(name: str, given: Mapping[str, Any]) -> Study:
         _number(given, "minutes"),
         _seeds(given),
         metrics,
+        _paper(given, rows),
         [_each(f"plots.{n}", _plot, one) for n, one in enumerate(_list(given, "plots", []))],
         [_each(f"claims.{n}", lambda one: _claim(one, rows, metrics), one) for n, one in enumerate(claims)],
         trained,
@@ -219,6 +222,17 @@ def _each(place: str, read: Callable[[Any], Any], given: object) -> Any:
             return read(given)
         except UserError as error:
             raise UserError(error.key or place, error.reason) from error
+
+
+def _paper(given: Mapping[str, Any], rows: Sequence[str]) -> dict[str, str]:
+    """Return the paper's number of each row that has one."""
+    found = _mapping(given, "paper", {})
+    for row, number in found.items():
+        if row not in rows:
+            raise UserError("paper", unknown_name("row", row, rows))
+        if not isinstance(number, str) or not number.strip():
+            raise UserError(f"paper.{row}", f"found {number!r}; it must be text, such as 75.8 %")
+    return found
 
 
 def _claim(given: object, rows: Sequence[str], metrics: Mapping[str, str]) -> Claim:

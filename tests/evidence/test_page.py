@@ -26,6 +26,7 @@ STUDY: dict[str, Any] = {
     "rows": {"linear": {"model.attention": "linear"}, "mhla": {}},
     "analyze": 4,
     "metrics": {"val/top1": "top-1", "attention/effective_rank": "effective rank"},
+    "paper": {"mhla": "75.8 % | Table 2"},
     "plots": [
         {"metrics": ["val/top1"]},
         {"metrics": ["val/top1", "val_512/top1"], "x": [64, 128], "x_title": "tokens", "y_title": "top-1"},
@@ -132,7 +133,7 @@ def test_a_part_has_run(work: StudyWork, tmp_path: Path) -> None:
     finish(work, "mhla", 0, 0.7)
     text = page(work, tmp_path / "docs")
     assert "3 of 6 runs are finished" in text
-    assert "| linear | 2 | 0.5050 ± 0.0635 | - |" in text
+    assert "| linear | 2 | 0.5050 ± 0.0635 | - | - |" in text
     assert "top-1: mhla minus linear = +0.2000, no interval (n = 1) | **not shown** |" in text
 
 
@@ -142,7 +143,9 @@ def test_everything_has_run(work: StudyWork, tmp_path: Path) -> None:
     assert work.complete()
     text = page(work, tmp_path / "docs")
     assert "is not complete" not in text
-    assert "| linear | 3 | 0.5100 ± 0.0248 | 2.6000 ± 0.2484 |" in text
+    assert "| linear | 3 | 0.5100 ± 0.0248 | 2.6000 ± 0.2484 | - |" in text
+    assert "| mhla | 3 | 0.7110 ± 0.0273 | 2.6000 ± 0.2484 | 75.8 % &#124; Table 2 |" in text
+    assert "3 shown, 1 contradicted." in text
     assert "+0.2010 ± 0.0025 (n = 3) | **shown** |" in text
     assert "+0.2010 ± 0.0025 (n = 3) | **contradicted** |" in text
     assert "effective rank: mhla = 2.6000 ± 0.2484 (n = 3) | **shown** |" in text

@@ -76,6 +76,8 @@ def test_rows_can_be_chosen_from_a_variants_file(tmp_path: Path) -> None:
         ({"evaluations": {"samples": 3}}, "evaluations.samples"),
         ({"analyze": -1}, "analyze"),
         ({"metrics": ["val/top1"]}, "metrics"),
+        ({"paper": {"mlha": "75.8 %"}}, "paper"),
+        ({"paper": {"mhla": 75.8}}, "paper.mhla"),
         ({"plots": [{"metrics": []}]}, "plots.0.metrics"),
         ({"plots": [{"metrics": ["a"], "x": [1, 2]}]}, "plots.0.x"),
         ({"plots": [{"metrics": ["a"], "color": "red"}]}, "plots.0.color"),

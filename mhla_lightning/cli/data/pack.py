@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         metavar="SOURCE",
         help=(
-            "mnist, fashion_mnist[:FOLDER], mqar[:PAIRS], torchvision:NAME[:ROOT], or a folder: CLASS/*, or "
-            "train/CLASS/* and val/CLASS/*"
+            "mnist, fashion_mnist[:FOLDER], digit_scenes, repeated_noise[:SIDE], mqar[:PAIRS], "
+            "torchvision:NAME[:ROOT], or a folder: CLASS/*, or train/CLASS/* and val/CLASS/*"
         ),
     )
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to make, with train/ and val/")

@@ -1,7 +1,7 @@
 """The sources that can be packed: images, latents and rows of mqar.
 
-They are `mnist`, `fashion_mnist[:FOLDER]`, `digit_scenes`, a folder of images or latents,
-`torchvision:NAME[:ROOT]` and `mqar[:PAIRS]`. Text is prepared by prepare/text.
+They are `mnist`, `fashion_mnist[:FOLDER]`, `digit_scenes`, `repeated_noise[:SIDE]`, a folder of images or
+latents, `torchvision:NAME[:ROOT]` and `mqar[:PAIRS]`. Text is prepared by prepare/text.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mhla_lightning.data.prepare.sources.folder import open_folder
 from mhla_lightning.data.prepare.sources.latents import DIMENSIONS, open_latents
 from mhla_lightning.data.prepare.sources.mnist import open_mnist
 from mhla_lightning.data.prepare.sources.mqar import is_mqar, open_mqar
+from mhla_lightning.data.prepare.sources.repeated_noise import is_repeated_noise, open_repeated_noise
 from mhla_lightning.data.prepare.sources.scenes import NAME as SCENES
 from mhla_lightning.data.prepare.sources.scenes import open_digit_scenes
 from mhla_lightning.data.prepare.sources.vision import open_torchvision
@@ -43,8 +44,8 @@ def open_sample_source(source: str | Path, kind: str = "images", vae: VAE | None
     """Open a source by name, or by the path of a folder with one subfolder a class.
 
     Args:
-        source: a name of SOURCES, `fashion_mnist[:FOLDER]`, `torchvision:NAME[:ROOT]`, `mqar[:PAIRS]` or a
-            folder.
+        source: a name of SOURCES, `fashion_mnist[:FOLDER]`, `repeated_noise[:SIDE]`,
+            `torchvision:NAME[:ROOT]`, `mqar[:PAIRS]` or a folder.
         kind: images, latents or video_latents.
         vae: what made the latents, whose shape is taken from the files; None for images.
 
@@ -72,6 +73,8 @@ def open_sample_source(source: str | Path, kind: str = "images", vae: VAE | None
         return open_mqar(str(source))
     if is_fashion_mnist(str(source)):
         return open_fashion_mnist(str(source))
+    if is_repeated_noise(str(source)):
+        return open_repeated_noise(str(source))
     if str(source) in SOURCES:
         return SOURCES[str(source)]()
     if Path(source).is_dir():
@@ -81,7 +84,14 @@ def open_sample_source(source: str | Path, kind: str = "images", vae: VAE | None
         unknown_name(
             "source (no such folder either)",
             str(source),
-            [*SOURCES, "fashion_mnist[:FOLDER]", "FOLDER", "torchvision:NAME[:ROOT]", "mqar[:PAIRS]"],
+            [
+                *SOURCES,
+                "fashion_mnist[:FOLDER]",
+                "repeated_noise[:SIDE]",
+                "FOLDER",
+                "torchvision:NAME[:ROOT]",
+                "mqar[:PAIRS]",
+            ],
         ),
     )
 
