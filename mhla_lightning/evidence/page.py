@@ -174,7 +174,7 @@ def _study(result: StudyResult, pictures: Mapping[tuple[str, int], str]) -> Iter
 
 
 def results_table(result: StudyResult) -> Iterator[str]:
-    """Yield the lines of a study's table: means with 95 % intervals, and the paper's numbers if there are."""
+    """Yield the lines of a study's table: means with 95 % intervals, and the paper's numbers."""
     titles, paper = result.work.study.metrics, result.work.study.paper
     headings = [*titles.values(), *(["the paper"] if paper else [])]
     yield f"| row | n | {' | '.join(map(_safe, headings))} |"

@@ -1,12 +1,12 @@
-"""Pictures of noise whose lower half repeats the upper half: a test of long range for diffusion models.
+"""Pictures of noise whose lower half repeats the upper half: a test of long range.
 
 Pixels within a half have nothing in common, so a neighbour tells nothing. What helps is the same place of
-the other half, half a picture away: a model that finds it there has two noisy views of each pixel.
+the other half, half a picture away. A diffusion model that finds it there has two noisy views of each pixel.
 
-Under flow matching the least loss is known. Let a pixel of mean 0 and variance 1 be seen in n views, each
-(1 - t) x + t noise with a noise of its own. The best guess of the velocity, noise - x, of one of them has the
-mean squared error 1 / (t^2 + n (1 - t)^2). Over uniform times its mean is pi / (2 sqrt(n)): 1.571 for one
-view, 1.111 for two.
+Under flow matching the least loss is known. A pixel x of mean 0 and variance 1 is seen in n views. Each is
+(1 - t) x + t noise, with a noise of its own. The model guesses the velocity, noise - x, of one of them. Its
+best mean squared error is 1 / (t^2 + n (1 - t)^2). Over uniform times the mean of that is pi / (2 sqrt(n)):
+1.571 for one view, 1.111 for two.
 """
 
 from __future__ import annotations
