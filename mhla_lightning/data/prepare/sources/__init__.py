@@ -21,7 +21,8 @@ from mhla_lightning.data.prepare.sources.folder import open_folder
 from mhla_lightning.data.prepare.sources.latents import DIMENSIONS, open_latents
 from mhla_lightning.data.prepare.sources.mnist import open_mnist
 from mhla_lightning.data.prepare.sources.mqar import is_mqar, open_mqar
-from mhla_lightning.data.prepare.sources.repeated_noise import is_repeated_noise, open_repeated_noise
+from mhla_lightning.data.prepare.sources.repeated_noise import NAME as REPEATED_NOISE
+from mhla_lightning.data.prepare.sources.repeated_noise import open_repeated_noise
 from mhla_lightning.data.prepare.sources.scenes import NAME as SCENES
 from mhla_lightning.data.prepare.sources.scenes import open_digit_scenes
 from mhla_lightning.data.prepare.sources.vision import open_torchvision
@@ -73,7 +74,7 @@ def open_sample_source(source: str | Path, kind: str = "images", vae: VAE | None
         return open_mqar(str(source))
     if is_fashion_mnist(str(source)):
         return open_fashion_mnist(str(source))
-    if is_repeated_noise(str(source)):
+    if name == REPEATED_NOISE:
         return open_repeated_noise(str(source))
     if str(source) in SOURCES:
         return SOURCES[str(source)]()
@@ -87,7 +88,7 @@ def open_sample_source(source: str | Path, kind: str = "images", vae: VAE | None
             [
                 *SOURCES,
                 "fashion_mnist[:FOLDER]",
-                "repeated_noise[:SIDE]",
+                f"{REPEATED_NOISE}[:SIDE]",
                 "FOLDER",
                 "torchvision:NAME[:ROOT]",
                 "mqar[:PAIRS]",

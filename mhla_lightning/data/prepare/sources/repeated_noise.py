@@ -30,11 +30,6 @@ PICTURES = {"train": 10_000, "val": 500}
 _VERSION = 1  # of the rule; another one makes other pictures
 
 
-def is_repeated_noise(source: str) -> bool:
-    """Return whether a source is `repeated_noise` or `repeated_noise:SIDE`."""
-    return source.partition(":")[0] == NAME
-
-
 def open_repeated_noise(source: str = NAME) -> SampleSource:
     """Open square RGB pictures of one class: 10,000 to train, 500 to validate.
 
