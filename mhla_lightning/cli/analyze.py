@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhla_lightning.cli.output import (
+    check_folder,
     check_json,
     demand_at_least,
     folder_named_after,
+    make_folder,
     measuring_bar,
     write_json,
 )
@@ -117,7 +119,7 @@ def perform(args: argparse.Namespace, console: Console) -> LookedInto:
     for number in args.block_size or ():
         if number < 1:
             raise UserError("block_size", f"found {number}; a block has at least 1 token per axis")
-    folder = None if args.to is None else _folder(args.to)
+    folder = None if args.to is None else check_folder("to", args.to)
     from mhla_lightning.analysis.drawing import write_page
     from mhla_lightning.analysis.held_out import open_run
     from mhla_lightning.inference.weights import choose_device
@@ -126,7 +128,7 @@ def perform(args: argparse.Namespace, console: Console) -> LookedInto:
     opened = [
         open_run(name, args.samples, runs=args.runs, ckpt=args.ckpt, ema=not args.no_ema) for name in args.run
     ]
-    folder = folder or _folder(str(folder_named_after("analysis", [one.run.run_id for one in opened])))
+    folder = folder or check_folder("to", folder_named_after("analysis", [one.run.run_id for one in opened]))
     options = _options(args, opened)
     drawn: list[DrawnRun] = []
     with measuring_bar(console, len(opened)) as measuring:
@@ -136,18 +138,11 @@ def perform(args: argparse.Namespace, console: Console) -> LookedInto:
     studies = {one.name: one.study for one in drawn}
     runs = [_as_json(one, found) for one, found in zip(opened, drawn, strict=True)]
     result = {"format": FORMAT, "samples": args.samples, "runs": runs}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder("to", folder)
     write_page(folder / "analysis.png", drawn)
     for path in (str(folder / "analysis.json"), args.json):
         write_json(path, result)
     return LookedInto(result, folder / "analysis.png", studies)
-
-
-def _folder(to: str) -> Path:
-    folder = Path(to)
-    if folder.exists() and not folder.is_dir():
-        raise UserError("to", f"{to} is a file; name a folder")
-    return folder
 
 
 def _names(opened: list[TrainedRun]) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhla_lightning.errors import UserError
+from mhla_lightning.runs.folder import NO_ROOM
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,12 +108,50 @@ def check_writable(key: str, file: str | None) -> None:
     """Refuse, before any work, a file that could not be written.
 
     Raises:
-        UserError: its folder does not exist, or it is a folder; `key` is the error's.
+        UserError: its folder does not exist, it is a folder, or this user may not write it; `key` is the
+            error's.
     """
-    if file is not None and not Path(file).absolute().parent.is_dir():
-        raise UserError(key, f"{file} has no folder {Path(file).absolute().parent} to be in")
-    if file is not None and Path(file).is_dir():
+    if file is None:
+        return
+    path = Path(file).absolute()
+    if not path.parent.is_dir():
+        raise UserError(key, f"{file} has no folder {path.parent} to be in")
+    if path.is_dir():
         raise UserError(key, f"{file} is a folder; name a file")
+    wanted = path if path.exists() else path.parent
+    if not os.access(wanted, os.W_OK):
+        raise UserError(key, f"{file} cannot be written: no right to write {wanted}")
+
+
+def check_folder(key: str, folder: str | Path) -> Path:
+    """Refuse, before any work, a folder that could not be made or written; return its path.
+
+    Raises:
+        UserError: something else is in its place, or this user may not write there; `key` is the error's.
+    """
+    there = next(
+        path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if os.path.lexists(path)
+    )
+    if not there.is_dir():
+        raise UserError(key, f"{folder} cannot be made: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(key, f"{folder} cannot be written: no right to write in {there}")
+    return Path(folder)
+
+
+def make_folder(key: str, folder: Path) -> None:
+    """Make a folder that :func:`check_folder` let pass.
+
+    Raises:
+        UserError: the file system has other reasons; `key` is the error's.
+        OSError: the disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
+        raise UserError(key, f"{folder} cannot be made: {error.strerror}") from error
 
 
 def write_json(path: str | None, result: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the verb and return the exit code."""
+    """Run the verb; return the exit code, 2 where an image cannot be used."""
     from rich.console import Console
 
     found, rows = perform(args)
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             Console(stderr=True).print(_line(f"{row.file}: {row.problem}"), soft_wrap=True)
     _say_end(console, args, found, rows)
     write_json(args.json, {"rows": [row.as_dict() for row in rows], "summary": _summary(found, rows)})
-    return 0
+    return 2 if any(row.problem is not None for row in rows) else 0
 
 
 def perform(args: argparse.Namespace) -> tuple[ImageClassifierRun, list[Classified]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mhla_lightning.cli.output import folder_named_after
+from mhla_lightning.cli.output import check_folder, folder_named_after, make_folder
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import find_runs, replacing, runs_root
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from mhla_lightning.report.page import comparison_page, run_page
     from mhla_lightning.report.run import read_run
 
-    target = None if args.to is None else _target(args.to)
+    target = None if args.to is None else check_folder("to", args.to)
     root = runs_root(args.runs)
     compared = [folder for name in args.run if (folder := _comparison(name, root)) is not None]
     if compared:
@@ -51,23 +51,15 @@ def run(args: argparse.Namespace) -> int:
         folders = _run_folders(args.run, root)
         page = run_page([read_run(folder) for folder in folders], _names(folders))
         names = [folder.name for folder in folders]
-    target = target or _target(str(folder_named_after("report", names)))
+    target = target or check_folder("to", folder_named_after("report", names))
     text = page.html(__version__)
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder("to", target)
     with replacing(target / _FILE) as file:
         file.write_text(text, encoding="utf-8", errors="replace")
     print(f"report: {target / _FILE} ({len(text) / 1e6:.1f} MB); open it in a browser")
     for note in page.notes:
         print(f"  {note}")
     return 0
-
-
-def _target(to: str) -> Path:
-    """Return the folder to write, which need not exist. Raises UserError for a file."""
-    target = Path(to)
-    if target.exists() and not target.is_dir():
-        raise UserError("to", f"{to} is a file; name a folder")
-    return target
 
 
 def _comparison(name: str, root: Path) -> Path | None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mhla_lightning.cli.output import check_writable, demand_at_least
+from mhla_lightning.cli.output import check_folder, demand_at_least, make_folder
 from mhla_lightning.compare.variants import seed_list
 from mhla_lightning.errors import UserError
 
@@ -129,10 +129,11 @@ def _page(args: argparse.Namespace) -> Path:
     from mhla_lightning.runs.folder import runs_root
 
     if args.page is not None:
-        check_writable("page", args.page)
-        if Path(args.page).suffix != ".md":
-            raise UserError("page", f"{args.page} does not end in .md")
-        return Path(args.page)
+        page = Path(args.page)
+        if page.suffix != ".md" or page.is_dir():
+            raise UserError("page", f"{args.page} is no file name that ends in .md")
+        check_folder("page", page.parent)
+        return page
     here = Path.cwd()
     checkout = all((here / name).exists() for name in ("mhla_lightning", "docs", "mkdocs.yml"))
     return here / "docs" / _PAGE if checkout else runs_root(args.runs) / FOLDER / _PAGE
@@ -233,12 +234,11 @@ def minutes_left(modelled: float, before: float, share: float, seconds: float) -
 
 
 def _write_page(works: Sequence[StudyWork], page: Path, console: Console) -> None:
-    from mhla_lightning.compare.plan import make_folder
     from mhla_lightning.evidence.page import write_page
     from mhla_lightning.evidence.results import read_result
 
     results = [read_result(work) for work in works]
-    make_folder(page.parent)
+    make_folder("page", page.parent)
     files = write_page(page, results)
     _print_verdicts(console, results)
     _say(console, f"page: {files[0]}")

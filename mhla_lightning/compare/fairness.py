@@ -15,6 +15,7 @@ from mhla_lightning.runs.folder import shortened
 _ACCURACIES = ("val/top1", "val/accuracy")
 _TOLERATED = 0.01  # of parameters or FLOPs
 _MOST_WARNINGS, _LONGEST_WARNING = 20, 300
+_NAMED = 2  # rows of one value; more are "the others"
 _CONFIDENCE = 1.96  # standard deviations of a 95 % interval
 _COSTS = {"parameters": ("parameters", ",.0f", 1.0), "flops_per_sample": ("GFLOPs a sample", ".4g", 1e-9)}
 
@@ -50,14 +51,20 @@ def _options(rows: Sequence[Row]) -> Iterator[str]:
         if entries_of(row["seeds"])
     }
     options = dict.fromkeys(option for found in layers.values() for layer in found for option in layer)
-    differing = []
     for option in options:
-        values = {name: [layer.get(option) for layer in found] for name, found in layers.items()}
-        shown = {name: " and ".join(dict.fromkeys(map(str, found))) for name, found in values.items()}
-        if len(set(shown.values())) > 1:
-            differing.append(f"{option} ({', '.join(f'{name} {value}' for name, value in shown.items())})")
-    if differing:
-        yield f"beside the operator the rows differ in {'; '.join(differing)}"
+        rows_of: dict[str, list[str]] = {}
+        for name, found in layers.items():
+            value = " and ".join(dict.fromkeys(str(layer.get(option)) for layer in found))
+            rows_of.setdefault(value, []).append(name)
+        if len(rows_of) > 1:
+            yield f"beside the operator, {option} differs: {_by_value(rows_of)}"
+
+
+def _by_value(rows_of: Mapping[str, Sequence[str]]) -> str:
+    """Say which rows have which value; of many rows the commonest value is that of the others."""
+    *rare, (common, rows) = sorted(rows_of.items(), key=lambda found: len(found[1]))
+    shown = [f"{value} in {' and '.join(names)}" for value, names in rare]
+    return "; ".join([*shown, f"{common} in {'the others' if len(rows) > _NAMED else ' and '.join(rows)}"])
 
 
 def _costs(rows: Sequence[Row]) -> Iterator[str]:

@@ -91,6 +91,7 @@ class Trained:
         needs: runs that are trained first, by their names; evaluations name them.
         evaluations: name -> options.
         samples: held-out samples whose attention is analyzed; 0 analyzes none.
+        analyzed: names of the rows that are.
     """
 
     recipe: str
@@ -100,6 +101,7 @@ class Trained:
     needs: Mapping[str, NeededRun]
     evaluations: Mapping[str, Mapping[str, Any]]
     samples: int
+    analyzed: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -247,9 +249,7 @@ def _claim(given: object, rows: Sequence[str], metrics: Mapping[str, str]) -> Cl
 def _trained(given: Mapping[str, Any]) -> Trained:
     recipe = _text(given, "recipe")
     load_recipe(recipe)
-    samples = given.get("analyze", 0)
-    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 0:
-        raise UserError("analyze", f"found {samples!r}; it is a number of held-out samples, 0 for none")
+    rows = _rows(given)
     evaluations = _mapping(given, "evaluations", {})
     for name, options in evaluations.items():
         if not isinstance(options, Mapping):
@@ -258,14 +258,33 @@ def _trained(given: Mapping[str, Any]) -> Trained:
         recipe,
         _mapping(given, "overrides", {}),
         [_each(f"sources.{n}", _source, one) for n, one in enumerate(_list(given, "sources", []))],
-        _rows(given),
+        rows,
         {
             check_run_id(str(name)): _each(f"needs.{name}", _needed, one)
             for name, one in _mapping(given, "needs", {}).items()
         },
         evaluations,
-        samples,
+        *_analyzed(given.get("analyze", 0), [row.name for row in rows]),
     )
+
+
+def _analyzed(given: object, rows: Sequence[str]) -> tuple[int, Sequence[str]]:
+    """Return how many samples are analyzed, and of which rows: of all unless they are named."""
+    samples, chosen = given, list(rows)
+    if isinstance(given, Mapping):
+        if set(given) != {"samples", "rows"}:
+            raise UserError(
+                "analyze", f"found {given!r}; it is a number of samples, or a mapping with samples and rows"
+            )
+        samples, chosen = given["samples"], given["rows"]
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 0:
+        raise UserError("analyze", f"found {samples!r}; it is a number of held-out samples, 0 for none")
+    if not isinstance(chosen, list) or not chosen:
+        raise UserError("analyze.rows", f"found {chosen!r}; it is a list of rows")
+    for name in chosen:
+        if name not in rows:
+            raise UserError("analyze.rows", unknown_name("row", str(name), rows))
+    return samples, chosen
 
 
 def _rows(given: Mapping[str, Any]) -> list[VariantRow]:

@@ -86,7 +86,7 @@ class StudyWork:
         assert self.plan is not None
         assert self.study.trained is not None
         to = self.folder / f"analysis-seed{seed}"
-        runs = [str(self.plan.run(row, seed).path) for row in self.plan.rows]
+        runs = [str(folder.path) for folder in self._looked_into(seed)]
         options = ["--samples", str(self.study.trained.samples), "--to", str(to)]
         return to / "analysis.json", ChildVerb(
             ["analyze", *runs, *options], self.folder / f"analysis-seed{seed}.log"
@@ -98,11 +98,18 @@ class StudyWork:
             return []
         found = read_object(self.analysis(seed)[0])
         runs = found.get("runs")
-        names = [self.plan.run(row, seed).run_id for row in self.plan.rows]
+        names = [folder.run_id for folder in self._looked_into(seed)]
         if not isinstance(runs, list) or found.get("samples") != self.study.trained.samples:
             return []
         whole = [run for run in runs if isinstance(run, dict)]
         return whole if [run.get("run") for run in whole] == names else []
+
+    def _looked_into(self, seed: int) -> list[RunFolder]:
+        """Return the runs of a seed whose attention is analyzed, in the order of the rows."""
+        assert self.plan is not None
+        assert self.study.trained is not None
+        chosen = self.study.trained.analyzed
+        return [self.plan.run(row, seed) for row in self.plan.rows if row.name in chosen]
 
     def speeds(self, repetition: int) -> tuple[Path, ChildVerb]:
         """Return the file of a repetition of a measurement of speed, and the process that writes it."""

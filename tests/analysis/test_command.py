@@ -119,6 +119,7 @@ def test_curves_change_nothing_of_training(classifier: Path) -> None:
         (["hybrid", "--block-size", "2"], "block_size"),
         (["hybrid", "--queries", "16"], "queries"),
         (["hybrid", "--samples", "0"], "samples"),
+        (["hybrid", "--device", "meta"], "device"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value,
 )

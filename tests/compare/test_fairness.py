@@ -33,8 +33,7 @@ def test_equal_rows_need_no_note() -> None:
 
 def test_options_of_the_layer_that_differ_are_named_with_their_values() -> None:
     rows = [row("linear", "linear", 0.7), row("mhla", {"name": "mhla", "blocks": 2}, 0.9)]
-    (note,) = remarks(rows)
-    assert "pos_conv (linear none, mhla lepe5)" in note
+    assert "beside the operator, pos_conv differs: none in linear; lepe5 in mhla" in remarks(rows)
     assert [one["attention"].split()[0] for one in rows] == ["linear", "mhla"]
     assert "blocks=2" in rows[1]["attention"]
 
@@ -42,8 +41,14 @@ def test_options_of_the_layer_that_differ_are_named_with_their_values() -> None:
 def test_a_hybrid_names_its_layers() -> None:
     one = row("hybrid", ["softmax", {"name": "mhla", "blocks": 2}], 0.9)
     assert one["attention"].startswith("2 softmax, 1 mhla ")
-    (note,) = remarks([one, row("softmax", "softmax", 0.7)])
-    assert "pos_conv (hybrid none and lepe5, softmax none)" in note
+    notes = remarks([one, row("softmax", "softmax", 0.7)])
+    assert "beside the operator, pos_conv differs: none and lepe5 in hybrid; none in softmax" in notes
+
+
+def test_the_value_of_most_rows_is_named_once() -> None:
+    rows = [row(name, {"name": "linear", "pos_conv": "none"}, 0.7) for name in "abc"]
+    rows += [row(name, {"name": "linear", "pos_conv": "lepe3"}, 0.7) for name in "de"]
+    assert remarks(rows)[0] == "beside the operator, pos_conv differs: lepe3 in d and e; none in the others"
 
 
 def test_other_costs_are_named_above_one_percent() -> None:

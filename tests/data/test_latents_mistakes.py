@@ -105,6 +105,8 @@ def test_the_command_prints_a_mistake_on_one_line(
 
 def test_devices() -> None:
     assert find_devices("cpu, cpu") == ("cpu", "cpu")
+    with refused("device"):
+        find_devices("meta")
     if not torch.cuda.is_available():
         assert find_devices() == ("cpu",)
         with refused("device"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +97,10 @@ def finish_all(work: StudyWork) -> None:
     write_json(work.folder / "study.json", {"format": 1, "sessions": [SESSION]})
 
 
-def look_into(work: StudyWork, ranks: list[float]) -> None:
+def look_into(work: StudyWork, ranks: list[float], rows: Sequence[str] = ("linear", "mhla")) -> None:
     """Write what an analysis of every seed leaves behind; ranks: of the heads of mhla."""
     for seed in range(3):
-        heads = {"linear": [3.0, 3.0], "mhla": ranks}
+        heads = {name: ranks if name == "mhla" else [3.0, 3.0] for name in rows}
         runs = [
             {
                 "run": f"{name}-seed{seed}",
@@ -111,6 +113,24 @@ def look_into(work: StudyWork, ranks: list[float]) -> None:
         file = work.analysis(seed)[0]
         file.parent.mkdir()
         write_json(file, {"samples": 4, "runs": runs})
+
+
+def test_rows_that_are_not_analyzed_have_no_number(tmp_path: Path) -> None:
+    content = {**STUDY, "analyze": {"samples": 4, "rows": ["mhla"]}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    work = work_for(read_study(tmp_path / "study.yaml"), None, str(tmp_path / "runs"))
+    finish_all(work)
+    look_into(work, [3.0, 3.0])  # of an earlier study, of all rows
+    assert not work.complete()
+    for seed in range(3):
+        shutil.rmtree(work.analysis(seed)[0].parent)
+    look_into(work, [3.0, 3.0], ["mhla"])
+    assert work.complete()
+    words = list(work.analysis(1)[1].words())
+    assert words[1 : words.index("--samples")] == [str(work.folder / "mhla-seed1")]
+    text = page(work, tmp_path / "docs")
+    assert "| linear | 3 | 0.5100 ± 0.0248 | - | - |" in text
+    assert "| mhla | 3 | 0.7110 ± 0.0273 | 2.6000 ± 0.2484 |" in text
 
 
 def page(work: StudyWork, folder: Path) -> str:
@@ -220,7 +240,7 @@ def test_the_page_alone_trains_nothing(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--page", "nowhere/page.md"], "--page: "),
+        (["--page", "/proc/version/page.md"], "--page: "),
         (["--page", "page.txt"], "--page: "),
         (["--jobs", "0"], "--jobs: "),
         (["--budget", "-1"], "--budget: "),

@@ -43,6 +43,13 @@ def test_a_study_is_read(tmp_path: Path) -> None:
     assert found.trained.rows[1].overrides == {}
 
 
+def test_the_attention_of_some_rows_is_analyzed(tmp_path: Path) -> None:
+    for given, wanted in ((4, (4, ["linear", "mhla"])), ({"samples": 2, "rows": ["mhla"]}, (2, ["mhla"]))):
+        trained = read_study(write(tmp_path, analyze=given)).trained
+        assert trained is not None
+        assert (trained.samples, trained.analyzed) == wanted
+
+
 def test_rows_can_be_chosen_from_a_variants_file(tmp_path: Path) -> None:
     claims = [{**CLAIM, "higher": "softmax"}]
     path = write(tmp_path, variants="video_quality", rows=["linear", "softmax"], claims=claims)
@@ -75,6 +82,10 @@ def test_rows_can_be_chosen_from_a_variants_file(tmp_path: Path) -> None:
         ({"needs": {"judge": {"recipe": "x"}}}, "needs.judge.recipe"),
         ({"evaluations": {"samples": 3}}, "evaluations.samples"),
         ({"analyze": -1}, "analyze"),
+        ({"analyze": {"samples": 1}}, "analyze"),
+        ({"analyze": {"samples": -1, "rows": ["linear"]}}, "analyze"),
+        ({"analyze": {"samples": 1, "rows": []}}, "analyze.rows"),
+        ({"analyze": {"samples": 1, "rows": ["liner"]}}, "analyze.rows"),
         ({"metrics": ["val/top1"]}, "metrics"),
         ({"paper": {"mlha": "75.8 %"}}, "paper"),
         ({"paper": {"mhla": 75.8}}, "paper.mhla"),

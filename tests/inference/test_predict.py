@@ -123,7 +123,7 @@ def test_the_command_shows_a_table_a_sheet_and_damage(
     shutil.copytree(root / "source" / "val" / "class0", root / "photos")
     (root / "photos" / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
     (root / "photos" / "notes.txt").write_text("no image")
-    assert main(["predict", "tiny", "photos", "--json", "rows.json"]) == 0
+    assert main(["predict", "tiny", "photos", "--json", "rows.json"]) == 2
     said = capsys.readouterr()
     assert said.out.count("photos/0") == 5
     assert "5 images, 1 cannot be used" in said.out
@@ -132,7 +132,7 @@ def test_the_command_shows_a_table_a_sheet_and_damage(
     found = json.loads((root / "rows.json").read_text())
     assert [len(row.get("classes", [])) for row in found["rows"]] == [3] * 5 + [0]
     assert found["summary"]["classes"] == NAMES
-    assert main(["predict", "tiny", "photos", "--to", "sheet.png"]) == 0
+    assert main(["predict", "tiny", "photos", "--to", "sheet.png"]) == 2
     with Image.open("sheet.png") as sheet:
         assert sheet.width > 128
     capsys.readouterr()

@@ -312,7 +312,7 @@ def test_mistakes_are_one_sentence(
     (tmp_path / "compare-3" / "table.json").write_text("{")
     for words, reason in (
         (["nowhere"], "no run 'nowhere'"),
-        ([str(run.path), "--to", str(tmp_path / "file")], "is a file; name a folder"),
+        ([str(run.path), "--to", str(tmp_path / "file")], "is no folder"),
         ([str(folder), str(run.path)], "has a page of its own"),
         (["compare-2"], "has not ended"),
         (["compare-3"], "holds no rows"),

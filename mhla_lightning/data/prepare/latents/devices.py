@@ -32,7 +32,7 @@ def find_devices(device: str = "auto") -> tuple[str, ...]:
     names = tuple(name.strip() for name in device.split(","))
     for name in names:
         try:
-            torch.empty(0, device=name)
+            torch.zeros(1, device=name).item()  # `meta` holds no numbers
         except Exception as error:
             # An AssertionError of a torch without CUDA, a RuntimeError of an unknown name, or an
             # AcceleratorError.
