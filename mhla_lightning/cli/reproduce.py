@@ -149,7 +149,7 @@ def _print_list(console: Console, every: Sequence[StudyWork], chosen: Sequence[S
     for one in every:
         done, units = one.units()
         state = "complete" if one.complete() else f"{done} of {units} runs"
-        cells = [one.study.name, one.study.title, str(len(one.study.claims)), f"{one.study.minutes:.0f}"]
+        cells = [one.study.name, one.study.title, str(len(one.study.claims)), f"{one.study.minutes:g}"]
         fits = "yes" if one in chosen else "no"
         table.add_row(*map(Text, [*cells, f"{one.minutes_left():.0f}", state, fits]))
     console.print(table)

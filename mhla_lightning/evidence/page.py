@@ -170,7 +170,7 @@ def _study(result: StudyResult, pictures: Mapping[tuple[str, int], str]) -> Iter
     seeds = ",".join(map(str, study.seeds))
     minutes = sum(_number(one.get("seconds")) for one in result.sessions) / 60
     yield f"Command: `mhla reproduce {study.name} --seeds {seeds}`, {result.done} of {result.units} runs."
-    yield f"It took {minutes:.1f} minutes; {study.minutes:.0f} are modelled on two quiet cores.\n"
+    yield f"It took {minutes:.1f} minutes; {study.minutes:g} are modelled on two quiet cores.\n"
 
 
 def results_table(result: StudyResult) -> Iterator[str]:
