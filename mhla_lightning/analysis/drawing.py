@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
@@ -16,11 +16,14 @@ from matplotlib.ticker import MaxNLocator
 from mhla_lightning.analysis.measures import TITLES
 from mhla_lightning.analysis.pictures import on_grid
 from mhla_lightning.analysis.study import LayerStudy, ModelStudy
+from mhla_lightning.runs.plots import colors, legend_columns
 
 _PANELS = ("effective_rank", "rank", "relative_entropy", "locality", "own_block")
 _LAYERS = 4  # layers whose maps are drawn
 _KEYS = 64  # tokens of text before a query that are drawn
 _WIDTH = 15.0  # inches
+_LEGEND_LETTERS = 130  # that fit the width
+_LEGEND_ROW = 0.22  # inches
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,21 @@ def write_page(path: Path, runs: Sequence[DrawnRun]) -> None:
 def page_figure(runs: Sequence[DrawnRun]) -> Figure:
     """Return the page: numbers at the top, then the maps, run after run."""
     mapped = [run for run in runs if any(layer.maps is not None for layer in run.study.layers)]
-    heights = [4.0, *(_height(run) for run in mapped)]
+    columns = legend_columns([run.name for run in runs], _LEGEND_LETTERS)
+    heights = [3.8 + _LEGEND_ROW * math.ceil(len(runs) / columns), *(_height(run) for run in mapped)]
     figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    _draw_numbers(parts[0], {run.name: run.study for run in runs})
+    _draw_numbers(parts[0], {run.name: run.study for run in runs}, columns)
     for part, run in zip(parts[1:], mapped, strict=True):
         _draw_maps(part, run)
     return figure
 
 
-def _draw_numbers(part: SubFigure, studies: Mapping[str, ModelStudy]) -> None:
+def _draw_numbers(part: SubFigure, studies: Mapping[str, ModelStudy], columns: int) -> None:
     """Draw a panel a measure: a line is the mean over heads, a dot is a head."""
     panels = part.subplots(1, len(_PANELS))
     for panel, measure in zip(panels, _PANELS, strict=True):
-        for number, (name, found) in enumerate(studies.items()):
-            color = colormaps["tab10"](number % 10)
+        for (name, found), color in zip(studies.items(), colors(len(studies)), strict=True):
             kept = [(place, layer.heads[measure]) for place, layer in enumerate(found.layers) if layer.heads]
             panel.plot(
                 [place for place, _ in kept],
@@ -83,7 +86,7 @@ def _draw_numbers(part: SubFigure, studies: Mapping[str, ModelStudy]) -> None:
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = panels[0].get_legend_handles_labels()
-    part.legend(handles, labels, loc="outside lower center", ncols=min(6, max(1, len(labels))), fontsize=10)
+    part.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=10)
     part.suptitle("lines: mean over heads; dots: heads; dotted: uniform attention", fontsize=10)
 
 

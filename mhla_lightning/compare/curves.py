@@ -6,10 +6,9 @@ Needs no torch. matplotlib is used without pyplot: no global state, no display.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mhla_lightning.compare.comparison import headline
 from mhla_lightning.evaluation.tags import higher_is_better
+from mhla_lightning.runs.plots import colors, legend_columns
 
 Curve = list[tuple[int, float]]  # (step, value)
 Runs = Mapping[str, Sequence[Mapping[str, Curve]]]  # row name -> one mapping tag -> curve for each seed
@@ -24,7 +24,6 @@ Runs = Mapping[str, Sequence[Mapping[str, Curve]]]  # row name -> one mapping ta
 _UNITS = {"top1": "share of samples", "top5": "share of samples", "bits_per_byte": "bits"}
 _FEW = 12  # points that are worth a marker each
 _LEGEND_LETTERS = 150  # that fit the width of a figure
-_SWATCH = 7  # letters that the line before a name takes
 _NAME_LENGTH = 48
 
 
@@ -37,7 +36,8 @@ def write_curves(path: Path, title: str, runs: Runs) -> None:
 
 def curves_figure(title: str, runs: Runs) -> Figure:
     """Left the training loss, right the validation; thin lines are seeds, bold ones their mean."""
-    figure = Figure(figsize=(12, 5 + 0.2 * math.ceil(len(runs) / _columns(runs))), layout="constrained")
+    columns = legend_columns(map(_short, runs), _LEGEND_LETTERS)
+    figure = Figure(figsize=(12, 5 + 0.2 * math.ceil(len(runs) / columns)), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
     width = smoothing_width(runs)
     _draw(left, runs, "train/loss", width)
@@ -46,11 +46,11 @@ def curves_figure(title: str, runs: Runs) -> Figure:
     _draw(right, runs, tag or "val/loss", 1)
     right.set_ylabel(_with_unit(tag or "val/loss"))
     figure.suptitle(title, fontsize=12)
-    _legend(figure, (left, right))
+    _legend(figure, (left, right), columns)
     return figure
 
 
-def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+def _legend(figure: Figure, panels: Sequence[Axes], columns: int) -> None:
     """One for both panels: a row has one colour."""
     handles = {
         label: handle
@@ -62,15 +62,9 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
             list(handles.values()),
             list(handles),
             loc="outside lower center",
-            ncols=_columns(handles),
+            ncols=columns,
             frameon=False,
         )
-
-
-def _columns(names: Iterable[str]) -> int:
-    """How many entries of the legend stand side by side."""
-    longest = max((len(_short(name)) for name in names), default=0)
-    return max(1, min(5, _LEGEND_LETTERS // (longest + _SWATCH)))
 
 
 def _draw(panel: Axes, runs: Runs, tag: str, width: int) -> None:
@@ -138,13 +132,6 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
     tables = [dict(curve) for curve in curves]
     steps = sorted(set.intersection(*map(set, tables))) if tables else []
     return [(step, sum(table[step] for table in tables) / len(tables)) for step in steps]
-
-
-def colors(count: int) -> list[tuple[float, ...]]:
-    """One colour a row: distinct ones up to ten, then along a map."""
-    if count <= 10:
-        return [tuple(colormaps["tab10"](index)) for index in range(count)]
-    return [tuple(colormaps["turbo"](0.05 + 0.9 * index / (count - 1))) for index in range(count)]
 
 
 def _xy(curve: Curve) -> tuple[list[int], list[float]]:

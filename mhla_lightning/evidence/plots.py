@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from mhla_lightning.compare.comparison import values_by_seed
-from mhla_lightning.compare.curves import colors
 from mhla_lightning.compare.student import half_width
 from mhla_lightning.evidence.study import Plot
+from mhla_lightning.runs.plots import colors
 
 _DPI = 110
 _WIDTH = 8.0  # inches

@@ -21,7 +21,7 @@ from mhla_lightning.compare.comparison import (
     table_row,
     validation_tags,
 )
-from mhla_lightning.compare.curves import colors, curves_figure, finite, mean_curve, smooth, smoothing_width
+from mhla_lightning.compare.curves import curves_figure, finite, mean_curve, smooth, smoothing_width
 from mhla_lightning.compare.variants import (
     VariantRow,
     arguments,
@@ -405,8 +405,6 @@ def test_curves_skip_what_cannot_be_drawn() -> None:
     assert finite([(2, 1.0), (1, math.nan), (2, 3.0), (0, 5.0)]) == [(0, 5.0), (2, 3.0)]
     assert mean_curve([[(0, 1.0), (1, 2.0)], [(1, 4.0), (2, 9.0)]]) == [(1, 3.0)]
     assert mean_curve([]) == []
-    assert len(set(colors(10))) == 10
-    assert len(set(colors(30))) == 30
 
 
 def test_figure_of_runs_without_accuracy_or_without_anything() -> None:
