@@ -25,7 +25,7 @@ slow-models: TESTS := tests/diffusion tests/tasks tests/inference tests/evaluati
 slow-data: TESTS := tests/data
 slow-strategies: TESTS := tests/strategies
 slow-training: TESTS := tests/training tests/callbacks tests/checkpoints
-slow-rest: TESTS := tests/analysis tests/bench tests/cli tests/cluster tests/compare tests/config tests/examples tests/house tests/planning tests/private_api tests/report tests/runs tests/weights
+slow-rest: TESTS := tests/analysis tests/bench tests/cli tests/cluster tests/compare tests/config tests/evidence tests/examples tests/house tests/planning tests/private_api tests/report tests/runs tests/weights
 
 $(SLOW): $(VENV)/.dev-installed
 	@echo "make $@: the slow tests of $(TESTS); the goal is 45 minutes on two cores"

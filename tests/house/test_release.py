@@ -33,6 +33,14 @@ def test_the_workflow_calls_targets_of_the_makefile() -> None:
     assert all(re.search(rf"(?m)^{name}:", (ROOT / "Makefile").read_text()) for name in targets)
 
 
+def test_make_slow_has_every_folder_of_tests_once() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    listed = re.findall(r"(?m)^slow-\S+: TESTS := (.+)$", makefile)
+    folders = {name.rpartition("/")[0] for name in tracked("tests/*/test_*.py")}
+    whole = {"/".join(folder.split("/")[:2]) for folder in folders}
+    assert sorted(" ".join(listed).split()) == sorted(whole - {"tests/slurm"})  # has a target of its own
+
+
 def test_the_image_installs_extras_that_exist() -> None:
     named = re.search(r"(?m)^ARG EXTRAS=(\S+)", (ROOT / "Dockerfile").read_text())
     assert named is not None
