@@ -119,7 +119,8 @@ ARGUMENTS: dict[str, Rule] = {
     ),
     "limit_val_batches": Rule(
         "works",
-        "batches of a validation on each rank, or a share of them; 0 does not validate",
+        "batches of a validation on each rank, or a share of them; 0 does not validate; not beside "
+        "`model.eval_sizes`",
         accepts=_is_limit,
         allowed="it is a whole number of batches, or a share from 0.0 to 1.0",
     ),

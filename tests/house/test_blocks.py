@@ -53,7 +53,7 @@ NOT_EXECUTED = {
     r"mhla reproduce( (?!--list)|$)": "trains for hours; tests/evidence runs a tiny study",
     r"mhla test-operator my_package": "needs the reader's package",
     r"mhla sample digits .* --seed 1": "a run of the tutorial of images, which draws from it",
-    r"lightning run video_dit/wan_1_3b": "needs a GPU and public weights",
+    r"lightning run (video_dit/wan_1_3b|text_to_image/sana_600m)": "needs a GPU and public weights",
     r"hf download ": "needs a network",
     r"mhla sample wan ": "a run of Wan2.1",
     r"--": "options of a command, alone",
@@ -65,6 +65,7 @@ PYTHON_NOT_EXECUTED = {
     "from mhla_lightning.hf import ProjectMixingCallback": "a part: model and data are the reader's",
     "from transformers import pipeline": "DIR is the reader's; the tutorial of language models opens one",
     "summary = mhla.run": "the runs are the reader's; tests/cli/test_api.py calls each verb",
+    'checkpoint = "runs/RUN/': "RUN is the reader's; tests/tasks/test_sizes.py evaluates one",
     'HubModel.from_run("RUN")': "RUN is the reader's; tests/conversion opens a run of its own",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,29 @@ def test_a_plain_trainer_trains_on_buckets_and_validates_at_other_sizes(shards: 
     (alone,) = trainer.validate(task, data, verbose=False)
     for tag in TAGS:
         assert alone[f"{tag}/loss"] == pytest.approx(found[f"{tag}/loss"])
+
+
+@pytest.mark.parametrize("limit", [1, 0.5])
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_a_limit_that_would_leave_out_sizes_is_refused(
+    shards: Path, limit: float, stage: str, tmp_path: Path
+) -> None:
+    for split, source in (("train", "train"), ("val", "val"), ("test", "val")):
+        shutil.copytree(shards / source, tmp_path / split)
+    limits: dict[str, Any] = {"limit_val_batches": limit, "limit_test_batches": limit}
+    trainer = pl.Trainer(accelerator="cpu", devices=1, max_steps=1, **QUIET, **limits)
+    task, steps = classifier("softmax", [16]), []
+    task.on_train_batch_end = lambda *args: steps.append(args)  # type: ignore[method-assign]
+    with refused("model.eval_sizes"):
+        getattr(trainer, stage)(task, data_of(tmp_path, None))
+    assert not steps
+
+
+def test_limits_that_leave_out_nothing_pass(shards: Path) -> None:
+    for limit, tags in ((1.0, {"val", "val_16"}), (1000, {"val", "val_16"}), (0, set())):
+        trainer = pl.Trainer(accelerator="cpu", devices=1, **QUIET, limit_val_batches=limit)
+        found = trainer.validate(classifier("softmax", [16]), data_of(shards, None), verbose=False)
+        assert {name.partition("/")[0] for one in found for name in one if name.endswith("/loss")} == tags
 
 
 def test_the_loss_at_another_size_is_that_of_a_model_built_for_it(shards: Path, tmp_path: Path) -> None:

@@ -166,7 +166,28 @@ class ImageDataModule(ShardDataModule):
         plain, corpus = self.kind(self.index(name)), super()._eval_corpus(name)
         kinds = [replace(plain, size=image_hw(size)) for size in sizes]
         more = [replace(first, corpus=corpus, kind=kind, kinds=()) for kind in kinds]
-        return EvalPasses([first, *more])
+        passes = EvalPasses([first, *more])
+        self._refuse_limit(passes.batches)
+        return passes
+
+    def _refuse_limit(self, batches: int) -> None:
+        """Refuse a limit of the trainer that would leave out sizes.
+
+        Lightning counts the batches of all passes together.
+
+        Raises:
+            UserError: a limit below `batches`; 0 evaluates nothing and passes.
+        """
+        assert self.trainer is not None
+        stage = "test" if self.trainer.testing else "val"
+        limit = getattr(self.trainer, f"limit_{stage}_batches")
+        kept = int(limit * batches) if isinstance(limit, float) else limit
+        if 0 < kept < batches:
+            raise UserError(
+                "model.eval_sizes",
+                f"`trainer.limit_{stage}_batches` {limit} would leave out sizes: the {batches:,} batches of "
+                "all sizes follow one another; leave one of the two out",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and the buckets that the sequence depends on."""
