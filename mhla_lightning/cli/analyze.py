@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhla_lightning.cli.output import (
-    check_folder,
     check_json,
     demand_at_least,
     folder_named_after,
@@ -26,6 +25,7 @@ from mhla_lightning.cli.output import (
 )
 from mhla_lightning.cli.trained import add_trained_arguments
 from mhla_lightning.errors import UserError
+from mhla_lightning.runs.folder import check_folder
 
 if TYPE_CHECKING:
     import torch

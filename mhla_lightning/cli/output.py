@@ -123,24 +123,8 @@ def check_writable(key: str, file: str | None) -> None:
         raise UserError(key, f"{file} cannot be written: no right to write {wanted}")
 
 
-def check_folder(key: str, folder: str | Path) -> Path:
-    """Refuse, before any work, a folder that could not be made or written; return its path.
-
-    Raises:
-        UserError: something else is in its place, or this user may not write there; `key` is the error's.
-    """
-    there = next(
-        path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if os.path.lexists(path)
-    )
-    if not there.is_dir():
-        raise UserError(key, f"{folder} cannot be made: {there} is no folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(key, f"{folder} cannot be written: no right to write in {there}")
-    return Path(folder)
-
-
 def make_folder(key: str, folder: Path) -> None:
-    """Make a folder that :func:`check_folder` let pass.
+    """Make a folder that :func:`runs.folder.check_folder` let pass.
 
     Raises:
         UserError: the file system has other reasons; `key` is the error's.

@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mhla_lightning.cli.output import check_folder, folder_named_after, make_folder
+from mhla_lightning.cli.output import folder_named_after, make_folder
 from mhla_lightning.errors import UserError
-from mhla_lightning.runs.folder import find_runs, replacing, runs_root
+from mhla_lightning.runs.folder import check_folder, find_runs, replacing, runs_root
 
 _MOST_RUNS = 24
 _FILE = "index.html"

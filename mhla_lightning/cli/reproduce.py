@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mhla_lightning.cli.output import check_folder, demand_at_least, make_folder
+from mhla_lightning.cli.output import demand_at_least, make_folder
 from mhla_lightning.compare.variants import seed_list
 from mhla_lightning.errors import UserError
 
@@ -126,7 +126,7 @@ def within(works: Sequence[StudyWork], budget: float | None) -> list[StudyWork]:
 def _page(args: argparse.Namespace) -> Path:
     """Return the file of the page, before any work. Raises UserError where it cannot be written."""
     from mhla_lightning.evidence.work import FOLDER
-    from mhla_lightning.runs.folder import runs_root
+    from mhla_lightning.runs.folder import check_folder, runs_root
 
     if args.page is not None:
         page = Path(args.page)

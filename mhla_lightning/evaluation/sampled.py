@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.runs.folder import read_json, write_json
+from mhla_lightning.runs.folder import check_folder, read_json, write_json
 
 IMAGES = "images"
 """Subfolder of a prepared folder."""
@@ -56,13 +56,7 @@ def written_before(to: Path, key: str, *folders: Path) -> set[str]:
         UserError: a file in the place of a folder, no right to write, or a PREPARED of another form.
     """
     for wanted in (to, *folders):
-        there = next(
-            path for path in (wanted.absolute(), *wanted.absolute().parents) if os.path.lexists(path)
-        )
-        if not there.is_dir():
-            raise UserError("to", f"{to} cannot be used, because {there} is no folder")
-        if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
-            raise UserError("to", f"{to} cannot be used: no right to read and write in {there}")
+        check_folder("to", wanted)
     held = read_json(to / PREPARED)
     listed = held.get(key) if isinstance(held, dict) else None
     if os.path.lexists(to / PREPARED) and not isinstance(listed, list):

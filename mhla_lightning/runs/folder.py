@@ -153,6 +153,22 @@ def find_runs(run: str, root: Path, key: str = "run") -> list[RunFolder]:
     )
 
 
+def check_folder(key: str, folder: str | Path) -> Path:
+    """Refuse, before any work, a folder that could not be made or written; return its path.
+
+    Raises:
+        UserError: something else is in its place, or this user may not read and write there; `key` is the
+            error's.
+    """
+    path = Path(folder).absolute()
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise UserError(key, f"{folder} cannot be used, because {there} is no folder")
+    if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
+        raise UserError(key, f"{folder} cannot be used: no right to read and write in {there}")
+    return Path(folder)
+
+
 def is_run(folder: Path) -> bool:
     """Return whether a folder is that of a run."""
     try:

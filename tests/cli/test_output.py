@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mhla_lightning.cli.output import check_folder, check_writable, make_folder
+from mhla_lightning.cli.output import check_writable, make_folder
+from mhla_lightning.runs.folder import check_folder
 from tests.helpers.errors import refused
 
 
